@@ -1,0 +1,1 @@
+"""Text -> MDS shards. Imports no other room."""

@@ -1,0 +1,73 @@
+"""Text to tokens and back: plain bytes, or any Hugging Face `tokenizers` JSON file."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.schema import TOKENIZER_NAME
+
+
+class Tokenizer(Protocol):
+    name: str
+    vocab_size: int
+    fingerprint: str  # changes with whatever changes its output
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Tokens [n] of a text, without special tokens."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens; invalid UTF-8 becomes U+FFFD."""
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of the text: 256 tokens, nothing to learn, nothing to ship."""
+
+    name = "bytes"
+    vocab_size = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A tokenizer file as the `tokenizers` library saves it."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            data = path.read_bytes()
+            self._backend = Backend.from_buffer(data)
+        except Exception as error:  # the library raises bare Exception for a bad file
+            raise ValueError(
+                f"tokenizer {str(path)!r} cannot be read ({error}): "
+                f"give 'bytes' or a Hugging Face tokenizers JSON file"
+            ) from None
+        self.name = path.name
+        self.vocab_size = self._backend.get_vocab_size()
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, or the path of a tokenizers JSON file. Raises ValueError for anything else."""
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(Path(name))
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a prepared folder, or a run's folder, carries with it."""
+    path = folder / TOKENIZER_NAME
+    return JsonTokenizer(path) if path.exists() else ByteTokenizer()

@@ -1,0 +1,29 @@
+"""One block of the stack: norm -> mixer -> norm -> MLP, each beside a residual."""
+
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.layers import SwiGLU
+from models.mixer import Carry, build_mixer
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); [B, T, D] -> [B, T, D] and the mixer's carry."""
+
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mixer = build_mixer(mixer, config)
+        self.mlp: nn.Module | None = None
+        if config.mlp_width:
+            self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.mlp = SwiGLU(config.width, config.mlp_width)
+
+    def forward(
+        self, x: Tensor, carry: Carry | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, Carry]:
+        y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset)
+        x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, carry

@@ -1,0 +1,66 @@
+"""The shape of a language model. Importing this file imports no torch, so a check is instant."""
+
+from dataclasses import dataclass
+from typing import Any
+
+MIXER_NAMES = ("mingru", "minlstm")
+
+
+@dataclass
+class ModelConfig:
+    """A stack of `layers` blocks, each norm -> mixer -> norm -> MLP, on a stream `width` wide."""
+
+    mixer: Any = "mingru"  # a name of MIXER_NAMES, or a list of names that repeats over the layers
+    layers: int = 4
+    width: int = 128  # D
+    vocab_size: int = 256
+    expansion: float = 1.0  # H = expansion * D, the state's width
+    conv_width: int = 4  # taps of the causal convolution before the recurrence; 0 turns it off
+    gate: bool = True  # multiply the state by SiLU of a second projection
+    mlp_ratio: float = 8 / 3  # SwiGLU's hidden width over D; 0 turns the MLP off
+    normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
+    memory_tokens: float = 1024.0  # longest mean memory, in tokens, at initialisation
+    norm_eps: float = 1e-6
+
+    @property
+    def state_width(self) -> int:
+        """H, a multiple of 8 so that a row fills whole vector registers."""
+        return max(8, round(self.expansion * self.width / 8) * 8)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP, a multiple of 8; 0 without one."""
+        return round(self.mlp_ratio * self.width / 8) * 8
+
+    @property
+    def halo_width(self) -> int:
+        """Tokens before a shard that its convolution must see."""
+        return max(0, self.conv_width - 1)
+
+    def layer_mixers(self) -> list[str]:
+        """The mixer's name for every layer, first to last."""
+        names = [self.mixer] if isinstance(self.mixer, str) else list(self.mixer)
+        return [names[layer % len(names)] for layer in range(self.layers)]
+
+    def faults(self) -> list[tuple[str, str]]:
+        """What a user got wrong: (field, what is wrong and what to do) pairs; empty when valid."""
+        found: list[tuple[str, str]] = []
+        names = [self.mixer] if isinstance(self.mixer, str) else self.mixer
+        if not isinstance(names, (list, tuple)) or not names:
+            found.append(("mixer", f"{self.mixer!r} is neither a name nor a list of names"))
+        else:
+            for name in names:
+                if name not in MIXER_NAMES:
+                    found.append(("mixer", f"{name!r} is not one of {', '.join(MIXER_NAMES)}"))
+        for field in ("layers", "width", "vocab_size"):
+            if getattr(self, field) < 1:
+                found.append((field, f"{getattr(self, field)} is not positive"))
+        if self.expansion <= 0:
+            found.append(("expansion", f"{self.expansion} is not positive"))
+        if self.conv_width < 0 or self.conv_width == 1:
+            found.append(("conv_width", f"{self.conv_width} is not 0 (off) or at least 2"))
+        if self.mlp_ratio < 0:
+            found.append(("mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"))
+        if self.memory_tokens < 2:
+            found.append(("memory_tokens", f"{self.memory_tokens} is below 2 tokens"))
+        return found

@@ -1,0 +1,53 @@
+"""Layers without state of their own: SwiGLU and the causal convolution. RMSNorm is torch's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """y = W_out (silu(W_gate x) * W_in x), [B, T, D] -> [B, T, D].
+
+    Source: Shazeer 2020 (arXiv:2002.05202).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_and_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_in(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution, y_t = bias + sum_j weight[j] * x_{t-j}, j < width.
+
+    It runs as `width` shifted multiply-adds, so x stays in [B, T, D] layout.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, reset: Tensor | None = None) -> Tensor:
+        """x [B, width - 1 + T, D], the halo first -> y [B, T, D].
+
+        No tap reaches across a reset [B, T]: the token of a document's start, and those after it,
+        do not see the tokens before it. Halo entries are masked by whoever supplied the halo.
+        """
+        halo = self.width - 1
+        steps = x.shape[1] - halo
+        y = self.bias + self.weight[0] * x[:, halo:]
+        visible = None
+        for lag in range(1, self.width):
+            tap = x[:, halo - lag : halo - lag + steps]
+            if reset is not None:
+                clear = F.pad(reset == 0, (lag - 1, 0), value=True)[:, :steps]
+                visible = clear if visible is None else visible & clear
+                tap = tap * visible.unsqueeze(-1)
+            y = torch.addcmul(y, tap, self.weight[lag])
+        return y

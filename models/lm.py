@@ -1,0 +1,99 @@
+"""The language model: embed -> blocks -> norm -> head, and every initialisation in one place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.block import Block
+from models.config import ModelConfig
+from models.layers import CausalConv
+from models.mixer import Carry
+from models.recurrent import RecurrentMixer
+
+# What is made of the last hidden states [B, T, D] and the head's weight [V, D].
+Readout = Callable[[Tensor, Tensor], Any]
+
+
+class Head(nn.Linear):
+    """The output projection, D -> V without bias.
+
+    The readout runs inside the module, so that whoever shards or gathers weights by module (ZeRO
+    stage 3) finds this one's in use; a loss can thus avoid logits of [T, V] without knowing of it.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+
+    def forward(self, x: Tensor, readout: Readout = F.linear) -> Any:
+        return readout(x, self.weight)
+
+
+class LanguageModel(nn.Module):
+    """Next-token model over any mixers. Deterministic given `torch.manual_seed`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, name) for name in config.layer_mixers())
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = Head(config.width, config.vocab_size)
+        self.init_weights()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        carry: list[Carry] | None = None,
+        *,
+        reset: Tensor | None = None,
+        readout: Readout = F.linear,
+    ) -> tuple[Any, list[Carry]]:
+        """tokens [B, T] int64 -> (what `readout` returns, the carry of the next segment).
+
+        The default readout gives logits [B, T, V]. carry is one per layer, None for an empty
+        history; reset [B, T] uint8 marks documents that start afresh.
+        """
+        x = self.embed(tokens)
+        carries = []
+        for layer, block in enumerate(self.blocks):
+            x, leaving = block(x, None if carry is None else carry[layer], reset=reset)
+            carries.append(leaving)
+        return self.head(self.norm(x), readout), carries
+
+    def init_carry(self, batch_size: int, device: torch.device) -> list[Carry]:
+        """The carry of an empty history, one per layer."""
+        return [block.mixer.init_carry(batch_size, device) for block in self.blocks]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All initial values.
+
+        Matrices N(0, 1/fan_in); those that write to the residual are divided by sqrt(2 * layers),
+        so that its variance does not grow with depth; the head is small, so that the first loss is
+        log V. The convolution starts as the identity plus noise. Gate biases spread the channels'
+        memories evenly in log time from 2 to `memory_tokens` tokens (Tallec & Ollivier 2018,
+        arXiv:1804.11188, chrono initialisation).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, CausalConv):
+                nn.init.normal_(module.weight, std=0.1)
+                module.weight[0] += 1
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed.weight)
+        nn.init.normal_(self.head.weight, std=0.02)
+        residual_scale = (2 * self.config.layers) ** -0.5
+        for block in self.blocks:
+            block.mixer.out.weight *= residual_scale
+            if block.mlp is not None:
+                block.mlp.out.weight *= residual_scale
+            if isinstance(block.mixer, RecurrentMixer):
+                channels = (torch.arange(block.mixer.state_width) + 0.5) / block.mixer.state_width
+                memory = 2 * (self.config.memory_tokens / 2) ** channels
+                block.mixer.preactivations.bias.copy_(block.mixer.forget_bias(memory))

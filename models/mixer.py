@@ -1,0 +1,96 @@
+"""The contract of everything that moves information along a sequence, and the verbs it does it by.
+
+A mixer is written once, from the verbs of `SequenceOps`. On one device `LocalOps` answers them;
+across devices `trainer.parallel` hands the mixer its own answers. No mixer asks which it has.
+"""
+
+from pkgutil import resolve_name
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.scan import Inputs, Recurrence, scan
+
+Carry = tuple[Tensor, ...]
+
+# A new mixer is one file and one line here (and its name in config.MIXER_NAMES).
+MIXERS = {
+    "mingru": "models.mingru:MinGRUMixer",
+    "minlstm": "models.minlstm:MinLSTMMixer",
+}
+
+
+class SequenceOps(Protocol):
+    """The verbs: how a mixer reaches other steps of the sequence."""
+
+    def scan(
+        self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """h [B, T, H] and the state [B, H] that leaves the segment, from the one that enters."""
+
+    def halo(
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] behind the `width` steps before it, [B, width + T, D], and the tail.
+
+        carry and tail [B, width, D] are the steps before and at the end of the segment. Steps that
+        a reset [B, T] hides from everything after it come as zeros.
+        """
+
+
+class LocalOps:
+    """The verbs on one device."""
+
+    def scan(
+        self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return scan(recurrence, inputs, carry, reset=reset)
+
+    def halo(
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        extended = torch.cat([carry.to(x.dtype), x], dim=1)
+        return extended, visible_tail(extended, width, reset)
+
+
+def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
+    """The last `width` steps of x [B, S, D], zeroed where a later reset hides them.
+
+    reset [B, T] marks the last T steps of x; T and `width` may each be the larger.
+    """
+    tail = x[:, x.shape[1] - width :]
+    if reset is None:
+        return tail
+    starts = F.pad(reset, (max(0, width - reset.shape[1]), 0))[:, -width:]
+    later = F.pad(starts[:, 1:], (0, 1)).flip(1).cumsum(1).flip(1)
+    return tail * (later == 0).unsqueeze(-1)
+
+
+class SequenceMixer(nn.Module):
+    """A layer that mixes along time: x [B, T, D] -> y [B, T, D], and a carry.
+
+    The carry is the state entering the next segment of the same sequence; an empty history is
+    `init_carry`. `ops` answers the verbs and is replaced from outside to shard the sequence.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: SequenceOps = LocalOps()
+
+    def forward(
+        self, x: Tensor, carry: Carry | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, Carry]:
+        """reset [B, T] uint8, 1 at a document's first token."""
+        raise NotImplementedError
+
+    def init_carry(self, batch_size: int, device: torch.device) -> Carry:
+        """The carry of an empty history."""
+        raise NotImplementedError
+
+
+def build_mixer(name: str, config: ModelConfig) -> SequenceMixer:
+    """The mixer `name` of `MIXERS`, uninitialised."""
+    return resolve_name(MIXERS[name])(config)

@@ -1,0 +1,54 @@
+"""Recurrences with random inputs, shared by the tests of both levels of the scan."""
+
+import torch
+from torch import Tensor
+
+from models.scan import Linear, MinGRU, MinLSTM
+from models.scan.recurrence import Inputs, Recurrence
+
+RECURRENCES = {
+    "linear": Linear(),
+    "mingru": MinGRU(),
+    "minlstm": MinLSTM(normalize=True),
+    "minlstm-unnormalized": MinLSTM(normalize=False),
+}
+
+
+def make_inputs(
+    recurrence: Recurrence, batch: int, steps: int, width: int, dtype: torch.dtype, shift: float = 0
+) -> Inputs:
+    """Random leaves. `shift` moves the preactivations: +8 keeps (a -> 1), -8 forgets (a -> 0)."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.to(dtype).requires_grad_()
+
+    def noise(parts: int) -> Tensor:
+        return torch.randn(batch, steps, parts * width, dtype=torch.float64)
+
+    if recurrence.name == "linear":
+        return leaf(torch.sigmoid(noise(1) + shift)), leaf(noise(1))
+    if recurrence.name == "mingru":
+        kv = noise(2)
+        kv[..., :width] -= shift
+        return (leaf(kv),)
+    fiv = noise(3)
+    fiv[..., :width] += shift
+    return (leaf(fiv),)
+
+
+def make_reset(batch: int, steps: int, where: str) -> Tensor | None:
+    """Reset masks [B, T]: none, at 0, at every multiple of sqrt(T) and its neighbours, random."""
+    if where == "none":
+        return None
+    reset = torch.zeros(batch, steps, dtype=torch.uint8)
+    if where == "start":
+        reset[:, 0] = 1
+    elif where == "edges":
+        chunk = max(1, int(steps**0.5))
+        for row in range(batch):
+            reset[row, (chunk * (row + 1)) % steps] = 1
+            reset[row, (chunk * (row + 1) - 1) % steps] = 1
+        reset[0, -1] = 1
+    else:
+        reset[torch.rand(batch, steps) < 0.1] = 1
+    return reset

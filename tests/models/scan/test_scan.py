@@ -1,0 +1,148 @@
+"""Every backend against the sequential loop in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.scan import (
+    BACKENDS,
+    linear_scan,
+    mingru_scan,
+    minlstm_scan,
+    reference,
+    reference_scan,
+    scan,
+)
+from models.scan.recurrence import Inputs, Recurrence
+from tests.models.scan.cases import RECURRENCES, make_inputs, make_reset
+
+
+def outputs_and_gradients(
+    recurrence: Recurrence, inputs: Inputs, h0: Tensor, reset: Tensor | None, backend: str
+) -> list[Tensor]:
+    """h, h_last and the gradients of h0 and every input under a fixed random cotangent."""
+    if backend == "definition":
+        h, h_last = reference_scan(recurrence, inputs, h0, reset)
+    else:
+        h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        for x in (h, h_last)
+    ]
+    return [h, h_last, *torch.autograd.grad([h, h_last], [h0, *inputs], cotangents)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["none", "start", "edges", "random"])
+@pytest.mark.parametrize("shift", [0, 8, -8])
+@pytest.mark.parametrize("steps", [1, 63, 1000])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_fp64_equals_definition(name, steps, shift, where, backend):
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, 2, steps, 5, torch.float64, shift)
+    h0 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    reset = make_reset(2, steps, where)
+    expected = outputs_and_gradients(recurrence, inputs, h0, reset, "definition")
+    actual = outputs_and_gradients(recurrence, inputs, h0, reset, backend)
+    for got, want in zip(actual, expected, strict=True):
+        # fp64 rounding over 1000 steps, on values of order one to a hundred
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["none", "edges"])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_gradcheck(name, where, backend):
+    """Finite differences: no derivation of ours takes part."""
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, 2, 7, 2, torch.float64)
+    h0 = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    reset = make_reset(2, 7, where)
+    assert torch.autograd.gradcheck(
+        lambda h0, *inputs: scan(recurrence, inputs, h0, reset=reset, backend=backend),
+        (h0, *inputs),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    # the inputs' own rounding, 2^-9 for bf16 and 2^-24 for fp32, times the few roundings of a step
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)],
+)
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, 2, 1000, 5, dtype, shift=4)
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    h0 = torch.randn(2, 5, requires_grad=True)
+    exact_h0 = h0.detach().double().requires_grad_()
+    actual = outputs_and_gradients(recurrence, inputs, h0, None, backend)
+    expected = outputs_and_gradients(recurrence, exact, exact_h0, None, "definition")
+    assert [x.dtype for x in actual] == [
+        dtype,
+        torch.float32,
+        torch.float32,
+        *([dtype] * len(inputs)),
+    ]
+    for got, want in zip(actual, expected, strict=True):
+        error = (got.double() - want).norm() / want.norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("name", ["mingru", "minlstm", "minlstm-unnormalized"])
+def test_saturated_gates_stay_finite(name):
+    """Preactivations far beyond exp's range: no 0/0, no inf - inf, in values or gradients."""
+    recurrence = RECURRENCES[name]
+    inputs = tuple(
+        (x.detach() * 1000).requires_grad_()
+        for x in make_inputs(recurrence, 1, 64, 8, torch.float32)
+    )
+    h0 = torch.zeros(1, 8, requires_grad=True)
+    for x in outputs_and_gradients(recurrence, inputs, h0, None, "chunked"):
+        assert x.isfinite().all()
+
+
+def test_public_scans_agree_with_their_formulas():
+    kv, fiv = torch.randn(2, 9, 6), torch.randn(2, 9, 9)
+    a, b = reference.mingru_gates(kv)
+    torch.testing.assert_close(mingru_scan(kv)[0], linear_scan(a, b)[0])
+    for normalize in (True, False):
+        a, b = reference.minlstm_gates(fiv, normalize)
+        h, _ = minlstm_scan(fiv, normalize=normalize)
+        torch.testing.assert_close(h, linear_scan(a, b)[0])
+
+
+def test_paper_log_space_form_agrees_on_short_sequences():
+    kv = torch.randn(2, 50, 6, dtype=torch.float64)
+    h0 = torch.rand(2, 3, dtype=torch.float64) + 0.1
+    for got, want in zip(reference.mingru_log_space(kv, h0), mingru_scan(kv, h0), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_streamed_state_is_not_passed_through_g():
+    """A scan cut in two gives the same states: known to be wrong in a popular reimplementation."""
+    kv = torch.randn(2, 20, 6)
+    whole, last = mingru_scan(kv)
+    first, middle = mingru_scan(kv[:, :9])
+    second, end = mingru_scan(kv[:, 9:], middle)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    torch.testing.assert_close(end, last)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear_scan(torch.rand(2, 3, 4), torch.rand(2, 3, 5)), "alike"),
+        (lambda: mingru_scan(torch.rand(2, 3, 5)), "2 does not divide"),
+        (lambda: minlstm_scan(torch.rand(2, 0, 6)), "T = 0"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4), torch.rand(2, 3)), r"h0 must be .*\[2, 2\]"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4), reset=torch.ones(2, 2)), "reset must be"),
+        (lambda: mingru_scan(torch.ones(2, 3, 4, dtype=torch.int64)), "must be float"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4), backend="fast"), "'fast' is not known"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

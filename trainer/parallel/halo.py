@@ -1,0 +1,43 @@
+"""exchange_halo: the steps just before a shard, from the neighbour that holds them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.parallel.topology import SequenceGroup
+
+
+def exchange_halo(tail: Tensor, carry: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:
+    """The halo of this shard, and the halo of the next segment.
+
+    tail [B, w, D] is the end of this shard, carry [B, w, D] of the same dtype the end of the
+    segment before, the same on every rank. Returns the left neighbour's tail (the carry on the
+    first rank) and, on every rank, the last rank's tail. Differentiable in both; as for
+    `exchange_carry`, gradients of what is the same on every rank are the same on every rank.
+    """
+    return _Halo.apply(tail, carry, group)
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tail: Tensor, carry: Tensor, group: SequenceGroup
+    ) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        received = group.shift(tail, 1)
+        return carry.clone() if received is None else received, group.broadcast(
+            tail, group.size - 1
+        )
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_halo: Tensor, grad_leaving: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, None]:
+        group: SequenceGroup = ctx.group
+        grad_tail = group.shift(grad_halo, -1)
+        if grad_tail is None:  # the last rank: its tail went to the next segment
+            grad_tail = torch.zeros_like(grad_halo) if grad_leaving is None else grad_leaving
+        grad_carry = group.broadcast(grad_halo, 0) if ctx.needs_input_grad[1] else None
+        return grad_tail, grad_carry, None

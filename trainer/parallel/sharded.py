@@ -1,0 +1,44 @@
+"""The verbs across devices, and the one place where a model meets them."""
+
+import torch
+from torch import Tensor, nn
+
+from models.mixer import SequenceMixer, visible_tail
+from models.scan import Inputs, Recurrence
+from trainer.parallel.halo import exchange_halo
+from trainer.parallel.topology import SequenceGroup, Topology
+from trainer.parallel.two_level_scan import two_level_scan
+
+
+class ShardedOps:
+    """`models.mixer.SequenceOps` for a sequence whose shards lie on the ranks of a group."""
+
+    def __init__(self, group: SequenceGroup) -> None:
+        self.group = group
+
+    def scan(
+        self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return two_level_scan(recurrence, inputs, carry, self.group, reset=reset)
+
+    def halo(
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if x.shape[1] < width:
+            raise ValueError(
+                f"a shard of {x.shape[1]} tokens is shorter than its halo of {width}: "
+                f"use longer sequences or fewer SP ranks"
+            )
+        tail = visible_tail(x, width, reset)
+        halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group)
+        return torch.cat([halo, x], dim=1), leaving
+
+
+def parallelize(model: nn.Module, topology: Topology) -> None:
+    """Hand every mixer of `model` the ops of its SP group; call it before DeepSpeed wraps it."""
+    if topology.sp_size == 1:
+        return
+    ops = ShardedOps(topology.sequence)
+    for module in model.modules():
+        if isinstance(module, SequenceMixer):
+            module.ops = ops

@@ -1,0 +1,186 @@
+"""dp x sp ranks and their groups, and what DeepSpeed asks of them.
+
+rank = dp_rank * sp_size + sp_rank: the ranks of one sequence are neighbours, so that their exchange
+stays inside a machine where it can.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class ExchangeMeter:
+    """What the exchanges between the ranks of one sequence cost this rank.
+
+    `seconds` is the wall time inside the collectives, waiting for slower ranks included; on CUDA
+    the calls return before the work is done and only their launch is seen. `sent_bytes` counts the
+    payload this rank gives into each collective.
+    """
+
+    seconds: float = 0.0
+    sent_bytes: int = 0
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and bytes since the last call."""
+        taken = self.seconds, self.sent_bytes
+        self.seconds, self.sent_bytes = 0.0, 0
+        return taken
+
+
+class SequenceGroup:
+    """The SP group: the ranks that hold one sequence between them, in order.
+
+    The methods are the only collectives of the sequence dimension, each metered.
+    """
+
+    def __init__(self, rank: int, ranks: list[int], group: Any) -> None:
+        self.rank = rank  # within the group
+        self.ranks = ranks  # global ranks
+        self.group = group
+        self.meter = ExchangeMeter()
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [...] of every rank as [P, ...], in rank order."""
+        start = time.perf_counter()
+        x = x.contiguous()
+        gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x, group=self.group)
+        self._count(start, x)
+        return gathered.view(self.size, *x.shape)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """x of the rank `source` of the group, on every rank; a new tensor."""
+        start = time.perf_counter()
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(x, self.ranks[source], group=self.group)
+        self._count(start, x if self.rank == source else None)
+        return x
+
+    def shift(self, x: Tensor, step: int) -> Tensor | None:
+        """x of the rank `step` places to the left (negative: to the right); None past the end."""
+        start = time.perf_counter()
+        x = x.contiguous()
+        source, target = self.rank - step, self.rank + step
+        operations, received = [], None
+        if 0 <= target < self.size:
+            operations.append(dist.P2POp(dist.isend, x, self.ranks[target], self.group))
+        if 0 <= source < self.size:
+            received = torch.empty_like(x)
+            operations.append(dist.P2POp(dist.irecv, received, self.ranks[source], self.group))
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        self._count(start, x if 0 <= target < self.size else None)
+        return received
+
+    def _count(self, start: float, sent: Tensor | None) -> None:
+        self.meter.seconds += time.perf_counter() - start
+        if sent is not None:
+            self.meter.sent_bytes += sent.numel() * sent.element_size()
+
+
+class Topology:
+    """Where this rank stands in dp x sp. Passed to DeepSpeed as its `mpu`.
+
+    Gradients are summed over SP and averaged over DP (TRAPS: a loss that is the local sum over the
+    token count of the whole SP group is then exact), and ZeRO shards over all dp * sp ranks.
+    """
+
+    def __init__(self, sp_size: int, timeout_seconds: float = 600.0) -> None:
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        if self.world_size % sp_size:
+            raise ValueError(
+                f"parallel.sp {sp_size} does not divide the {self.world_size} workers: "
+                f"start a multiple of {sp_size} workers, or change parallel.sp"
+            )
+        self.sp_size, self.dp_size = sp_size, self.world_size // sp_size
+        self.dp_rank, self.sp_rank = divmod(self.rank, sp_size)
+        timeout = timedelta(seconds=timeout_seconds)
+        # Every rank makes every group, in the same order: a rule of torch.distributed.
+        rows = [list(range(r * sp_size, (r + 1) * sp_size)) for r in range(self.dp_size)]
+        columns = [list(range(s, self.world_size, sp_size)) for s in range(sp_size)]
+        row_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]
+        column_groups = [dist.new_group(ranks, timeout=timeout) for ranks in columns]
+        self._alone = [dist.new_group([r], timeout=timeout) for r in range(self.world_size)]
+        self.world_group = dist.new_group(list(range(self.world_size)), timeout=timeout)
+        self.dp_group = column_groups[self.sp_rank]
+        self.sequence = SequenceGroup(self.sp_rank, rows[self.dp_rank], row_groups[self.dp_rank])
+
+    # The names below are DeepSpeed's.
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_group(self) -> Any:
+        return self._alone[self.rank]
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp_rank
+
+    def get_data_parallel_group(self) -> Any:
+        return self.dp_group
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return self.sp_size
+
+    def get_sequence_parallel_rank(self) -> int:
+        return self.sp_rank
+
+    def get_sequence_parallel_group(self) -> Any:
+        return self.sequence.group
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return self.world_size
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return self.rank
+
+    def get_sequence_data_parallel_group(self) -> Any:
+        return self.world_group
+
+
+def initialize_distributed(timeout_seconds: float) -> torch.device:
+    """Join the process group (NCCL with a GPU, gloo without) and return this rank's device.
+
+    Reads the usual RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is
+    a run of one process. A group that the launcher has already joined is kept.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    return device
