@@ -1,7 +1,13 @@
 """Every test starts from the same seed, one CPU thread, and memory filled with NaN."""
 
+import json
+import random
+from pathlib import Path
+
 import pytest
 import torch
+
+from data_prep.write import Settings, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +17,35 @@ def _deterministic() -> None:
     # torch.empty() gives NaN under these two, so a kernel that reads what it never wrote is caught.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared folder: 60 documents of pseudo-text, with structure to learn."""
+    folder = tmp_path_factory.mktemp("data")
+    words = random.Random(0).choices(["carry", "scan", "shard", "halo", "span", "a", "b"], k=20000)
+    with (folder / "text.jsonl").open("w") as f:
+        for begin in range(0, len(words), 333):
+            f.write(json.dumps({"text": " ".join(words[begin : begin + 333]) + "\n"}) + "\n")
+    settings = Settings(held_out=0.2, block_size=128, shard_bytes=1 << 14)
+    prepare([str(folder / "text.jsonl")], folder / "set", settings, workers=1, progress=False)
+    return folder / "set"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, dataset: Path) -> Path:
+    """The smallest run that has everything: convolution, gate, MLP, resets, evaluation."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""
+run: {{dir: {tmp_path / "run"}}}
+data: {{path: {dataset}, reset_state: true}}
+model: {{layers: 2, width: 16, expansion: 1.5, memory_tokens: 64}}
+deepspeed: {{persistence_threshold: 0}}
+train: {{steps: 5, seq_len: 192, batch_size: 2, loss_tile_tokens: 50}}
+optim: {{warmup_steps: 2, clip: 0.5}}
+checkpoint: {{every: 100}}
+evaluate: {{sequences: 3}}
+"""
+    )
+    return path

@@ -64,6 +64,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # with NaN in uninitialised memory, as in conftest.py
     try:
         from trainer.parallel.topology import initialize_distributed
 

@@ -41,6 +41,7 @@ class ParallelConfig:
 @dataclass
 class DeepSpeedConfig:
     zero_stage: int = 0
+    persistence_threshold: int = 100_000  # stage 3 keeps smaller parameters on every rank
 
 
 @dataclass
@@ -285,7 +286,7 @@ def _number_faults(config: Config) -> Iterator[tuple[str, str]]:
     not_negative = (
         "optim.final_ratio optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 "
         "optim.clip evaluate.every evaluate.sequences launch.cpus_per_worker "
-        "launch.gpus_per_worker launch.max_failures run.seed"
+        "launch.gpus_per_worker launch.max_failures run.seed deepspeed.persistence_threshold"
     )
     for key in positive.split():
         if not _get(config, key) > 0:

@@ -100,8 +100,8 @@ class SequenceGroup:
 class Topology:
     """Where this rank stands in dp x sp. Passed to DeepSpeed as its `mpu`.
 
-    Gradients are summed over SP and averaged over DP (TRAPS: a loss that is the local sum over the
-    token count of the whole SP group is then exact), and ZeRO shards over all dp * sp ranks.
+    Gradients are summed over SP and averaged over DP, so a loss that is the local sum over the token
+    count of the whole SP group is exact; ZeRO shards over all dp * sp ranks.
     """
 
     def __init__(self, sp_size: int, timeout_seconds: float = 600.0) -> None:
@@ -116,15 +116,25 @@ class Topology:
         timeout = timedelta(seconds=timeout_seconds)
         # Every rank makes every group, in the same order: a rule of torch.distributed.
         rows = [list(range(r * sp_size, (r + 1) * sp_size)) for r in range(self.dp_size)]
-        columns = [list(range(s, self.world_size, sp_size)) for s in range(sp_size)]
         row_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]
-        column_groups = [dist.new_group(ranks, timeout=timeout) for ranks in columns]
         self._alone = [dist.new_group([r], timeout=timeout) for r in range(self.world_size)]
         self.world_group = dist.new_group(list(range(self.world_size)), timeout=timeout)
-        self.dp_group = column_groups[self.sp_rank]
         self.sequence = SequenceGroup(self.sp_rank, rows[self.dp_rank], row_groups[self.dp_rank])
 
-    # The names below are DeepSpeed's.
+    def gather(self, x: Tensor) -> Tensor:
+        """x [...] of every worker as [dp * sp, ...], in rank order."""
+        gathered = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(gathered, x, group=self.world_group)
+        return torch.stack(gathered)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small picklable value of every worker, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.world_group)
+        return values
+
+    # The names below are DeepSpeed's. Sizes and ranks of "data parallel" count dp alone, which its
+    # batch arithmetic wants; the group is all workers, or ZeRO-3 would never sum over a sequence.
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -135,6 +145,10 @@ class Topology:
     def get_model_parallel_group(self) -> Any:
         return self._alone[self.rank]
 
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_group = get_model_parallel_group
+
     def get_data_parallel_world_size(self) -> int:
         return self.dp_size
 
@@ -142,7 +156,7 @@ class Topology:
         return self.dp_rank
 
     def get_data_parallel_group(self) -> Any:
-        return self.dp_group
+        return self.world_group
 
     def get_sequence_parallel_world_size(self) -> int:
         return self.sp_size
@@ -170,7 +184,7 @@ def initialize_distributed(timeout_seconds: float) -> torch.device:
     a run of one process. A group that the launcher has already joined is kept.
     """
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -1,0 +1,64 @@
+"""Runs through the whole trainer, for tests: started on ranks, and the definition they must match."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from models.lm import LanguageModel
+from tests.distributed import run_distributed
+from trainer.config import load_config
+from trainer.data import SequenceOrder, SequenceReader, TokenStream
+from trainer.optim import build_optimizer, learning_rate
+from trainer.train import train
+
+Figures = list[tuple[float, float]]  # (loss, gradient norm) per step
+
+
+def train_here(config_file: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Run the trainer in this rank; the events that rank 0 reported."""
+    config = load_config(config_file, overrides, workers=dist.get_world_size())
+    events: list[dict[str, Any]] = []
+
+    def report(event: dict[str, Any]) -> bool:
+        events.append(event)
+        return False
+
+    train(config, report)
+    return events
+
+
+def figures(events: list[dict[str, Any]]) -> Figures:
+    return [(e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"]
+
+
+def run(config_file: Path, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    """The events of a run on `ranks` workers."""
+    return run_distributed(train_here, ranks, config_file, list(overrides))[0]
+
+
+def plain_training(config_file: Path, *overrides: str) -> Figures:
+    """The same run as a dozen lines of torch on whole sequences: the definition of correct."""
+    config = load_config(config_file, list(overrides))
+    stream = TokenStream(config.data, "train")
+    reader = SequenceReader(stream, config.train.seq_len, 0, 1, config.data.reset_state)
+    order = SequenceOrder(reader.sequences, config.run.seed)
+    torch.manual_seed(config.run.seed)
+    model = LanguageModel(config.model)
+    optimizer = build_optimizer(model, config.optim)
+    result = []
+    for step in range(config.train.steps):
+        first = step * config.train.batch_size
+        batch = reader.micro_batch([order[first + i] for i in range(config.train.batch_size)])
+        logits, _ = model(batch.tokens, reset=batch.reset)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, config.optim)
+        optimizer.step()
+        result.append((float(loss.detach()), float(norm)))
+    return result

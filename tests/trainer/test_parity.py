@@ -1,0 +1,78 @@
+"""P ranks = one process, through the whole trainer: every mixer, every ZeRO stage, every topology."""
+
+from pathlib import Path
+
+import pytest
+
+from models.config import MIXER_NAMES
+from tests.distributed import run_distributed
+from tests.trainer.runs import Figures, figures, plain_training, train_here
+from trainer import train as train_module
+
+STAGES = (0, 1, 2, 3)
+# Five AdamW steps in fp32: rounding of 6e-8 a sum, amplified by divisions by small second moments.
+TOLERANCE = 1e-5
+
+
+def _every_stage(config_file: Path, sp: int) -> dict[str, Figures]:
+    """On every rank: the figures of each mixer and stage, trained one after another."""
+    result = {}
+    for mixer in MIXER_NAMES:
+        for stage in STAGES:
+            name = f"{mixer} zero={stage}"
+            overrides = [
+                f"model.mixer={mixer}",
+                f"deepspeed.zero_stage={stage}",
+                f"parallel.sp={sp}",
+                f"run.dir={config_file.parent / f'{mixer}-{stage}-{sp}'}",
+            ]
+            result[name] = figures(train_here(config_file, overrides))
+    return result
+
+
+def _worst(actual: Figures, expected: Figures) -> float:
+    """Largest relative difference of any loss or gradient norm."""
+    assert len(actual) == len(expected) == 5
+    return max(
+        abs(a - e) / abs(e)
+        for got, want in zip(actual, expected, strict=True)
+        for a, e in zip(got, want, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sp"), [(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (4, 4)], ids=lambda n: str(n)
+)
+def test_ranks_equal_plain_torch(config_file, ranks, sp):
+    """Losses and gradient norms over 5 steps, with convolution, gate, resets and clipping on."""
+    results = run_distributed(_every_stage, ranks, config_file, sp)[0]
+    for mixer in MIXER_NAMES:
+        expected = plain_training(config_file, f"model.mixer={mixer}")
+        for stage in STAGES:
+            worst = _worst(results[f"{mixer} zero={stage}"], expected)
+            assert worst < TOLERANCE, f"{mixer} zero={stage} differs by {worst:.1e}"
+
+
+def _planted(config_file: Path, stage: int) -> Figures:
+    """A run whose loss forgets that the shards of one sequence are to be summed, not averaged."""
+    accumulate = train_module._accumulate
+
+    def wrong_by_sp(engine, micro_batches, config, device):
+        backward = engine.backward
+        engine.backward = lambda loss: backward(loss * config.parallel.sp)
+        return accumulate(engine, micro_batches, config, device)
+
+    train_module._accumulate = wrong_by_sp
+    overrides = [
+        "parallel.sp=2",
+        f"deepspeed.zero_stage={stage}",
+        f"run.dir={config_file.parent / 'planted'}",
+    ]
+    return figures(train_here(config_file, overrides))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_factor_of_sp_is_seen(config_file, stage):
+    """The comparison above fails on gradients that are sp times too large."""
+    wrong = run_distributed(_planted, 2, config_file, stage)[0]
+    assert _worst(wrong, plain_training(config_file)) > 100 * TOLERANCE

@@ -1,0 +1,172 @@
+"""Checkpoints that exist only when their manifest does.
+
+DeepSpeed writes step-N.tmp; every worker hashes and syncs its share of the files; rank 0 writes the
+manifest and renames the folder. A worker killed at any moment leaves the last checkpoint as it was.
+DeepSpeed's `latest` file is not used: it is written before the checkpoint is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.parallel.topology import Topology
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint holds, and where the run stood. `files` maps a path to size and sha256."""
+
+    step: int
+    world_size: int
+    dp: int
+    sp: int
+    zero_stage: int
+    epoch: int
+    consumed_in_epoch: int  # sequences
+    sequences_consumed: int  # since the run began
+    data_fingerprint: str
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save(
+    run: Path, manifest: Manifest, write: Callable[[Path], None], keep: int, topology: Topology
+) -> Path:
+    """Write a checkpoint with `write(folder)`, commit it, and drop all but the newest `keep`.
+
+    Every worker must call it; it returns when the checkpoint exists for all.
+    """
+    final = checkpoint_folder(run, manifest.step)
+    partial = final.with_suffix(".tmp")
+    if topology.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    topology.gather_objects(None)
+    write(partial)
+    topology.gather_objects(None)
+    files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    mine = {name: _seal(partial / name) for name in files[topology.rank :: topology.world_size]}
+    shares = topology.gather_objects(mine)
+    if topology.rank == 0:
+        manifest.files = {name: share[name] for share in shares for name in sorted(share)}
+        with (partial / MANIFEST).open("w") as f:
+            json.dump(asdict(manifest), f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_folder(final.parent)
+        for old in _steps(run)[keep:]:
+            shutil.rmtree(old)
+    topology.gather_objects(None)
+    return final
+
+
+def find(
+    run: Path, topology: Topology, warn: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint whose every file is as its manifest says; None where there is none.
+
+    The workers share the hashing. A checkpoint that is damaged is reported through `warn`, renamed
+    to *.damaged, and the one before it tried. Raises ValueError where only damaged ones are left,
+    rather than start again from nothing.
+    """
+    candidates = topology.gather_objects([str(p) for p in _steps(run)])[0]
+    for candidate in map(Path, candidates):
+        manifest, faults = _read_manifest(candidate)
+        if manifest:
+            names = list(manifest.files)[topology.rank :: topology.world_size]
+            faults = faults + damage(candidate, manifest, names)
+        faults = [fault for share in topology.gather_objects(faults) for fault in share]
+        if manifest and not faults:
+            return candidate, manifest
+        if topology.rank == 0:
+            warn(f"checkpoint {candidate} is not used: {'; '.join(sorted(set(faults)))}")
+            aside = candidate.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            candidate.rename(aside)
+    if candidates:
+        raise ValueError(
+            f"no checkpoint in {run / 'checkpoints'} is intact: restore one from a copy, or choose "
+            f"another run.dir to start again"
+        )
+    return None
+
+
+def find_weights(run: Path) -> tuple[Path, Manifest]:
+    """The weights file of the newest intact checkpoint, for one process that only reads it."""
+    faults = []
+    for candidate in _steps(run):
+        manifest, found = _read_manifest(candidate)
+        if manifest and not (found := damage(candidate, manifest, [WEIGHTS])):
+            return candidate / WEIGHTS, manifest
+        faults += found
+    shown = "; ".join(faults) or "there is none yet"
+    raise ValueError(f"no checkpoint in {run / 'checkpoints'} can be loaded: {shown}")
+
+
+def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    """What is wrong with the named files of a checkpoint; sizes first, they are cheap."""
+    faults = []
+    for name in names:
+        path, told = folder / name, manifest.files.get(name)
+        if told is None or not path.is_file():
+            faults.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != told["bytes"]:
+            faults.append(f"{path} has {size} bytes instead of {told['bytes']}")
+        elif _sha256(path) != told["sha256"]:
+            faults.append(f"{path} does not have the sha256 of its manifest")
+    return faults
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first; unfinished and damaged ones have other names."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((p for p in folders if p.is_dir() and not p.suffix), reverse=True)
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
+    try:
+        return Manifest(**json.loads((folder / MANIFEST).read_text())), []
+    except FileNotFoundError:
+        return None, [f"{folder} has no {MANIFEST}, it was never finished"]
+    except (OSError, ValueError, TypeError) as error:
+        return None, [f"{folder / MANIFEST} cannot be read ({error})"]
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Size and digest of a file, which is on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

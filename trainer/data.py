@@ -1,0 +1,228 @@
+"""The door to Streaming: sequences of any length from blocks, a rank reading its own shard only.
+
+A split is one stream of tokens in fixed blocks (data_prep.schema). Sequence i of length L is tokens
+[i * L, (i + 1) * L], one more than L for the last label; rank s of S reads tokens
+[i * L + s * T, i * L + (s + 1) * T], T = L / S, and the blocks these lie in, no others.
+
+Streaming's shard readers give random access to blocks and its Stream fetches shards of a URL, but
+its StreamingDataset is not used: that one deals out whole samples, in an order that depends on the
+number of workers, and leaves shared memory behind when a worker is killed. Here the order depends
+on seed and epoch alone, so a position in it, (epoch, sequences consumed), survives any change of
+dp and sp.
+"""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming.base.spanner import Spanner
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.stream import Stream
+from streaming.base.world import World
+from torch import Tensor
+
+from data_prep.schema import (
+    INFO_NAME,
+    TOKENIZER_NAME,
+    DatasetInfo,
+    block_checksum,
+    file_faults,
+    load_info,
+)
+from trainer.config import Config, DataConfig
+
+
+class DataError(ValueError):
+    """A data shard that is missing, damaged or not what its index says; named in the message."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's shard of some sequences: tokens and labels [B, T] int64, reset [B, T] or None."""
+
+    tokens: Tensor
+    labels: Tensor
+    reset: Tensor | None
+
+
+class TokenStream:
+    """Random access to the tokens of one split. `bytes_read` counts what was read of its blocks."""
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        remote = config.path if "://" in config.path else None
+        self.folder = Path(config.cache or "") if remote else Path(config.path)
+        self.info = _fetch_info(remote, self.folder) if remote else load_info(self.folder)
+        self.split = self.info.splits[split]
+        self.token_count = self.split.tokens
+        self.bytes_read = 0
+        if not remote and (faults := file_faults(self.folder, split)):
+            raise DataError("\n".join(faults))
+        self._stream = Stream(
+            remote=remote,
+            local=str(self.folder),
+            split=split,
+            download_retry=2,
+            download_timeout=300,
+            validate_hash="sha256",
+            keep_zip=False,
+        )
+        self._remote = remote is not None
+        self._shards = self._stream.get_shards(World.detect(), allow_unsafe_types=False)
+        self._present = [not self._remote] * len(self._shards)
+        self._spanner = Spanner(np.array([shard.samples for shard in self._shards]))
+
+    def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens [start, stop) and the document starts among them, as offsets from `start`.
+
+        Raises DataError naming the shard and the block that cannot be read.
+        """
+        size = self.info.block_size
+        tokens = np.empty(stop - start, np.int64)
+        starts = []
+        for block in range(start // size, (stop - 1) // size + 1):
+            sample = self._block(block)
+            begin, end = max(start, block * size), min(stop, (block + 1) * size)
+            part = sample["tokens"][begin - block * size : end - block * size]
+            tokens[begin - start : end - start] = part
+            starts.append(
+                np.frombuffer(sample["starts"], "<u4").astype(np.int64) + (block * size - start)
+            )
+        found = np.concatenate(starts)
+        return tokens, found[(found >= 0) & (found < stop - start)]
+
+    def _block(self, index: int) -> dict[str, Any]:
+        shard_index, sample_index = self._spanner[index]
+        shard = self._shards[shard_index]
+        name = Path(self.folder, self._stream.split, shard.raw_data.basename)
+        try:
+            if not self._present[shard_index]:
+                # one worker of a machine fetches, the others find the shard there
+                with FileLock(f"{name}.lock"):
+                    self._stream.prepare_shard(shard)
+                self._present[shard_index] = True
+            data = shard.get_sample_data(sample_index)
+            sample = shard.decode_sample(data)
+            intact = block_checksum(sample["tokens"].tobytes(), sample["starts"]) == sample["crc32"]
+        except Exception as error:  # Streaming raises whatever its bytes lead to
+            raise DataError(
+                f"data shard {name}, block {sample_index}: cannot be read ({error}): "
+                f"run `python -m data_prep verify {self.folder}`, prepare the data again"
+            ) from error
+        if not intact:
+            raise DataError(
+                f"data shard {name}, block {sample_index}: its checksum is wrong, the file is "
+                f"damaged: run `python -m data_prep verify {self.folder}`, prepare the data again"
+            )
+        self.bytes_read += len(data)
+        return sample
+
+
+class SequenceReader:
+    """One rank's shard of any sequence of a split."""
+
+    def __init__(
+        self, stream: TokenStream, seq_len: int, shard: int, shards: int, with_reset: bool
+    ) -> None:
+        self.stream, self.seq_len, self.with_reset = stream, seq_len, with_reset
+        self.shard_tokens = seq_len // shards
+        self.offset = shard * self.shard_tokens
+        self.sequences = max(0, stream.token_count - 1) // seq_len
+
+    def micro_batch(self, indices: list[int]) -> MicroBatch:
+        """This rank's shard of the sequences `indices`, one row each.
+
+        Labels are shifted before sharding, so the last token of a shard learns from the first of
+        the next one.
+        """
+        length = self.shard_tokens
+        tokens = np.empty((len(indices), length + 1), np.int64)
+        reset = np.zeros((len(indices), length), np.uint8) if self.with_reset else None
+        for row, index in enumerate(indices):
+            begin = index * self.seq_len + self.offset
+            tokens[row], starts = self.stream.read(begin, begin + length + 1)
+            if reset is not None:
+                reset[row, starts[starts < length]] = 1
+        ids = torch.from_numpy(tokens)
+        return MicroBatch(
+            ids[:, :-1].contiguous(),
+            ids[:, 1:].contiguous(),
+            None if reset is None else torch.from_numpy(reset),
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands in the data: sequences consumed since the run began."""
+
+    consumed: int
+    sequences: int  # in an epoch
+
+    @property
+    def epoch(self) -> int:
+        return self.consumed // self.sequences
+
+    @property
+    def consumed_in_epoch(self) -> int:
+        return self.consumed % self.sequences
+
+
+class SequenceOrder:
+    """Which sequence is the n-th of the run: a permutation per epoch, from seed and epoch alone."""
+
+    def __init__(self, sequences: int, seed: int) -> None:
+        self.sequences, self.seed = sequences, seed
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, n: int) -> int:
+        epoch, index = divmod(n, self.sequences)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._permutation = epoch, generator.permutation(self.sequences)
+        return int(self._permutation[index])
+
+
+def training_batches(
+    reader: SequenceReader, config: Config, dp_rank: int, consumed: int
+) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of every step from `consumed` sequences on, read one step ahead."""
+    order = SequenceOrder(reader.sequences, config.run.seed)
+    size, micro = config.train.batch_size, config.train.micro_batch_size
+
+    def read_step(first: int) -> list[MicroBatch]:
+        batches = []
+        for part in range(config.accumulation):
+            begin = first + (part * config.dp + dp_rank) * micro
+            batches.append(reader.micro_batch([order[n] for n in range(begin, begin + micro)]))
+        return batches
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        ahead = pool.submit(read_step, consumed)
+        while True:
+            consumed += size
+            ready, ahead = ahead, pool.submit(read_step, consumed)
+            yield ready.result()
+
+
+def _fetch_info(remote: str, cache: Path) -> DatasetInfo:
+    """Bring dataset.json (and a tokenizer) of a URL to the cache, once per machine."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        if not (cache / INFO_NAME).exists():
+            downloader = CloudDownloader.get(remote)
+            partial = cache / "partial.json"
+            for name in (TOKENIZER_NAME, INFO_NAME):  # the info last: it says the rest is there
+                try:
+                    downloader.download(f"{remote}/{name}", str(partial), 300)
+                except Exception as error:  # each cloud's client has errors of its own
+                    if name == TOKENIZER_NAME:
+                        continue  # a dataset of bytes has none
+                    raise DataError(f"{remote}/{name} cannot be fetched: {error}") from error
+                shutil.move(partial, cache / name)
+    return load_info(cache)

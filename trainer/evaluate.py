@@ -1,0 +1,116 @@
+"""Held-out loss, by position too, and the n-gram models it must beat."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.schema import SplitInfo
+from trainer.data import SequenceReader, TokenStream
+from trainer.loss import token_losses
+from trainer.parallel.topology import Topology
+
+
+@dataclass
+class Evaluation:
+    """Losses in nats per token over `tokens` held-out tokens."""
+
+    loss: float
+    bits_per_byte: float
+    sequences: int
+    tokens: int
+    # (first position, one past the last, mean loss) in powers of two: does more context help?
+    by_position: list[tuple[int, int, float]] = field(default_factory=list)
+
+
+def bits_per_byte(nats_per_token: float, split: SplitInfo) -> float:
+    """Independent of the tokenizer: nats per token over the split's bytes per token, in bits."""
+    return nats_per_token / math.log(2) * split.tokens / split.text_bytes
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[..., Any],
+    reader: SequenceReader,
+    limit: int,
+    tile: int,
+    topology: Topology,
+    device: torch.device,
+) -> Evaluation:
+    """The mean loss over the first `limit` sequences of the reader's split.
+
+    Sequences are sharded as in training and dealt to the DP ranks; every rank must call this and
+    gets the same result. Every rank runs equally many forwards, as ZeRO-3 demands: where the
+    sequences run out it repeats the last and does not count it.
+    """
+    count = min(limit, reader.sequences)
+    edges = _position_edges(reader.seq_len)
+    first = topology.sp_rank * reader.shard_tokens
+    positions = torch.arange(first, first + reader.shard_tokens, device=device)
+    bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
+    totals = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+    for begin in range(0, count, topology.dp_size):
+        index = begin + topology.dp_rank
+        batch = reader.micro_batch([min(index, count - 1)])
+        reset = None if batch.reset is None else batch.reset.to(device)
+        readout = partial(token_losses, labels=batch.labels.to(device), tile=tile)
+        losses, _ = model(batch.tokens.to(device), reset=reset, readout=readout)
+        if index < count:
+            totals[0].index_add_(0, bins, losses[0].double())
+            totals[1] += torch.bincount(bins, minlength=len(edges) - 1)
+    totals = topology.gather(totals).sum(0)
+    sums, counts = totals.tolist()
+    loss = sum(sums) / sum(counts)
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=bits_per_byte(loss, reader.stream.split),
+        sequences=count,
+        tokens=int(sum(counts)),
+        by_position=[
+            (start, stop, total / n)
+            for start, stop, total, n in zip(edges[:-1], edges[1:], sums, counts, strict=True)
+        ],
+    )
+
+
+def _position_edges(seq_len: int) -> list[int]:
+    """0, 16, 32, 64, ... up to the sequence's length."""
+    edges = [0]
+    step = 16
+    while step < seq_len:
+        edges.append(step)
+        step *= 2
+    return [*edges, seq_len]
+
+
+def ngram_losses(
+    train: TokenStream, held_out: TokenStream, evaluated_tokens: int, limit: int = 1 << 28
+) -> dict[str, float]:
+    """Nats per token of the unigram and the bigram model, on the tokens that `evaluate` saw.
+
+    Counted on the first `limit` tokens of the training split. The unigram model is add-one
+    smoothed, the bigram model takes the unigram as its prior with the weight of one observation.
+    """
+    tokens, _ = held_out.read(0, evaluated_tokens + 1)
+    context, label = tokens[:-1], tokens[1:]
+    vocabulary = train.info.vocab_size
+    wanted, where = np.unique(context * vocabulary + label, return_inverse=True)
+    singles = np.zeros(vocabulary, np.int64)
+    pairs = np.zeros(len(wanted), np.int64)
+    stop = min(limit, train.token_count)
+    for begin in range(0, stop - 1, 1 << 22):
+        part, _ = train.read(begin, min(begin + (1 << 22), stop - 1) + 1)
+        singles += np.bincount(part[:-1], minlength=vocabulary)
+        codes = part[:-1] * vocabulary + part[1:]
+        slot = np.minimum(np.searchsorted(wanted, codes), len(wanted) - 1)
+        pairs += np.bincount(slot[wanted[slot] == codes], minlength=len(wanted))
+    unigram = (singles + 1) / (singles.sum() + vocabulary)
+    bigram = (pairs[where] + unigram[label]) / (singles[context] + 1)
+    return {
+        "unigram": float(-np.log(unigram[label]).mean()),
+        "bigram": float(-np.log(bigram).mean()),
+    }

@@ -1,0 +1,73 @@
+"""Continue a text with constant memory and constant time per token."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.tokenizer import Tokenizer, folder_tokenizer
+from models.lm import LanguageModel
+from trainer.checkpoint import find_weights
+from trainer.config import load_dumped
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer, int]:
+    """Model and tokenizer of a run's folder, and the step its weights are of.
+
+    Raises ValueError where the folder holds no run or no intact checkpoint.
+    """
+    config = load_dumped(folder / "config.yaml")
+    weights, manifest = find_weights(folder)
+    model = LanguageModel(config.model)
+    model.load_state_dict(load_file(weights))
+    return model.to(device).float().eval(), folder_tokenizer(folder), manifest.step
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    segment_tokens: int = 4096,
+) -> Iterator[int]:
+    """Tokens that continue `prompt`, one by one.
+
+    The prompt, of any length, is read in segments of `segment_tokens`; what is kept between
+    segments and between tokens is the model's carry, whose size does not grow. temperature 0 takes
+    the likeliest token; top_k > 0 samples among the k likeliest.
+    Raises ValueError for an empty prompt or a token outside the vocabulary.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token")
+    if max(prompt) >= model.config.vocab_size:
+        raise ValueError(f"the prompt has token {max(prompt)}, beyond the model's vocabulary")
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([prompt], device=device)
+    carry, logits = None, None
+    for segment in tokens.split(segment_tokens, dim=1):
+        logits, carry = model(segment, carry, readout=_last_logits)
+    for _ in range(max_tokens):
+        token = _sample(logits[0], temperature, top_k, generator)
+        yield int(token)
+        logits, carry = model(token.view(1, 1), carry, readout=_last_logits)
+
+
+def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [B, V] of the last step only."""
+    return hidden[:, -1] @ weight.T
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    if temperature <= 0:
+        return logits.argmax()
+    logits = logits / temperature
+    if 0 < top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[0]

@@ -1,0 +1,59 @@
+"""Next-token cross-entropy that never holds the logits of more than a tile of tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Sum over all tokens of -log softmax(W x)[label], in nats; a scalar in fp32 (fp64 for fp64).
+
+    hidden [B, T, D], weight [V, D] of the same dtype, labels [B, T] int64; `tile` tokens at a time,
+    so memory is O(tile * V) whatever T. The gradient of a cross-entropy is known as soon as its
+    logits are, so it is made in the forward and only scaled in the backward.
+    Source: the fused linear cross-entropy of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
+    """
+    return _SummedCrossEntropy.apply(hidden, weight, labels, tile)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """The loss of every token [B, T] in nats, fp32; for evaluation. Arguments as above."""
+    rows, targets = hidden.flatten(0, 1).split(tile), labels.flatten().split(tile)
+    losses = [
+        F.cross_entropy(F.linear(x, weight).float(), label, reduction="none")
+        for x, label in zip(rows, targets, strict=True)
+    ]
+    return torch.cat(losses).view_as(labels)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+        accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=accumulator, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulator)
+        rows = hidden.flatten(0, 1)
+        for begin in range(0, rows.shape[0], tile):
+            x, label = rows[begin : begin + tile], labels.flatten()[begin : begin + tile]
+            log_p = F.log_softmax(F.linear(x, weight).to(accumulator), dim=-1)
+            picked = log_p.gather(1, label.unsqueeze(1))
+            total -= picked.sum()
+            if grad_hidden is None:
+                continue
+            grad_logits = log_p.exp_()
+            grad_logits.scatter_add_(1, label.unsqueeze(1), -torch.ones_like(picked))
+            grad_logits = grad_logits.to(x.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden.flatten(0, 1)[begin : begin + tile])
+            grad_weight += grad_logits.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad).to(grad_hidden.dtype)
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight, None, None

@@ -1,0 +1,328 @@
+"""The run, top to bottom: every worker calls `train` with the same configuration."""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.schema import TOKENIZER_NAME
+from models.flops import training_flops_per_token
+from models.lm import LanguageModel
+from trainer import checkpoint
+from trainer.config import Config, dump_config
+from trainer.data import (
+    MicroBatch,
+    Position,
+    SequenceReader,
+    TokenStream,
+    training_batches,
+)
+from trainer.engine import Engine, versions
+from trainer.evaluate import Evaluation, bits_per_byte, evaluate, ngram_losses
+from trainer.loss import summed_cross_entropy
+from trainer.metrics import (
+    MetricsWriter,
+    peak_flops,
+    peak_memory_bytes,
+    truncate_after,
+)
+from trainer.optim import learning_rate
+from trainer.parallel.sharded import parallelize
+from trainer.parallel.topology import Topology, initialize_distributed
+
+# Rank 0 tells what happens: {"event": ..., ...}. The answer True asks the run to stop in good order.
+Report = Callable[[dict[str, Any]], bool]
+
+
+class RunError(RuntimeError):
+    """The run itself cannot go on (a loss that is not finite, ...): starting again would not help."""
+
+
+def train(config: Config, report: Report) -> None:
+    """Train from the newest intact checkpoint of config.run.dir, or from the start, to the end.
+
+    Every rank of the world calls this. Raises ValueError for what a user got wrong, DataError for
+    damaged data, RunError where training itself fails; the last checkpoint stays good.
+    """
+    device = initialize_distributed(config.parallel.timeout_seconds)
+    topology = Topology(config.parallel.sp, config.parallel.timeout_seconds)
+    run = _open_run_folder(config, topology)
+    stream = TokenStream(config.data, "train")
+    reader = _reader(stream, config, topology)
+    held_out = None
+    if config.evaluate.sequences:
+        held_out = _reader(TokenStream(config.data, "held_out"), config, topology)
+
+    torch.manual_seed(config.run.seed)
+    model = LanguageModel(config.model)
+    parallelize(model, topology)
+    warn = partial(_warn, report)
+    found = checkpoint.find(run, topology, warn)
+    engine = Engine(model, config, topology, device, resume=found)
+    step, consumed = 0, 0
+    if found:
+        step, consumed = found[1].step, found[1].sequences_consumed
+        _check_data(found[1], stream)
+    if topology.rank == 0:
+        _describe_start(report, config, model, step)
+
+    writer = MetricsWriter(run, step) if topology.rank == 0 else None
+    if topology.rank == 0:
+        truncate_after(run / "evaluations.jsonl", step)
+    batches = training_batches(reader, config, topology.dp_rank, consumed)
+    recent: deque[float] = deque(maxlen=20)
+    last_step = config.train.steps
+    if config.train.stop_after is not None:
+        last_step = min(last_step, step + config.train.stop_after)
+    evaluated = None
+    stop = asked_to_stop = False
+    while step < last_step and not stop:
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_seconds = time.perf_counter() - started
+        topology.sequence.meter.take()
+        loss_sum = _accumulate(engine, micro_batches, config, device)
+        exchange_seconds, _ = topology.sequence.meter.take()
+        loss, memory, stop = _agree(loss_sum, asked_to_stop, device, topology, step)
+        rate = learning_rate(step, config.train.steps, config.optim)
+        grad_norm = engine.step(rate)
+        if not math.isfinite(grad_norm):
+            raise RunError(_not_finite("gradient norm", grad_norm, step + 1))
+        step += 1
+        consumed += config.train.batch_size
+        step_seconds = time.perf_counter() - started
+        recent.append(step_seconds)
+        if writer:
+            tokens = config.train.batch_size * config.train.seq_len
+            metrics = {
+                "step": step,
+                "loss": loss,
+                "tokens": step * tokens,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "tokens_per_second": tokens / step_seconds,
+                "tokens_per_second_per_worker": tokens / step_seconds / topology.world_size,
+                "step_seconds": step_seconds,
+                "data_seconds": data_seconds,
+                "exchange_seconds": exchange_seconds,
+                "peak_memory_bytes": memory,
+                "mfu": _mfu(config, tokens / step_seconds / topology.world_size, device),
+                "eta_seconds": statistics.median(recent) * (config.train.steps - step),
+            }
+            writer.write(metrics)
+            # taken up in the next step's exchange, so that all workers stop at the same one
+            asked_to_stop = report({"event": "step", "steps": config.train.steps, **metrics})
+        if step % config.checkpoint.every == 0 or step == last_step or stop:
+            _save(run, engine, config, topology, stream, step, consumed, reader.sequences)
+        evaluated = None
+        if held_out and config.evaluate.every and step % config.evaluate.every == 0:
+            evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
+    if writer:
+        writer.close()
+    if step == config.train.steps:
+        if held_out and evaluated is None:
+            evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
+        if held_out and evaluated and topology.rank == 0:
+            _write_result(run, evaluated, stream, held_out.stream, step)
+    if topology.rank == 0:
+        report({"event": "end", "step": step, "steps": config.train.steps})
+    engine.destroy()
+
+
+def _open_run_folder(config: Config, topology: Topology) -> Path:
+    """Make the folder and what a reader of the run needs besides its checkpoints."""
+    run = Path(config.run.dir)
+    fault = None
+    if topology.rank == 0:
+        try:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            dump_config(config, run / "config.yaml")
+            tokenizer = Path(config.data.cache or config.data.path) / TOKENIZER_NAME
+            if tokenizer.exists():
+                shutil.copyfile(tokenizer, run / TOKENIZER_NAME)
+        except OSError as error:
+            fault = f"run.dir {run} cannot be written: {error.strerror}: {error.filename}"
+    fault = topology.gather_objects(fault)[0]
+    if fault:
+        raise ValueError(fault)
+    if not run.is_dir():
+        raise ValueError(
+            f"run.dir {run} is not visible to worker {topology.rank}: "
+            f"use a folder that all workers share"
+        )
+    return run
+
+
+def _reader(stream: TokenStream, config: Config, topology: Topology) -> SequenceReader:
+    return SequenceReader(
+        stream,
+        config.train.seq_len,
+        topology.sp_rank,
+        topology.sp_size,
+        config.data.reset_state,
+    )
+
+
+def _accumulate(
+    engine: Engine, micro_batches: list[MicroBatch], config: Config, device: torch.device
+) -> Tensor:
+    """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
+
+    A rank's loss is its local sum over the token count of the whole SP group, so that gradients
+    summed over SP and averaged over DP are those of the mean (TRAPS: gradient scale).
+    """
+    sequence_tokens = config.train.micro_batch_size * config.train.seq_len
+    total = torch.zeros((), device=device)
+    for batch in micro_batches:
+        readout = partial(
+            summed_cross_entropy,
+            labels=batch.labels.to(device),
+            tile=config.train.loss_tile_tokens,
+        )
+        reset = None if batch.reset is None else batch.reset.to(device)
+        loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout)
+        loss = loss / sequence_tokens
+        engine.backward(loss)
+        total += loss.detach()
+    return total / len(micro_batches)
+
+
+def _agree(
+    loss_sum: Tensor, stop: bool, device: torch.device, topology: Topology, step: int
+) -> tuple[float, int, bool]:
+    """The global mean loss, the highest memory of any worker, and whether any was asked to stop.
+
+    Every worker raises RunError together where the loss is not finite.
+    """
+    mine = [float(loss_sum), float(peak_memory_bytes(device)), float(stop)]
+    everyone = topology.gather(torch.tensor(mine, dtype=torch.float64, device=device))
+    losses, memories, stops = everyone.unbind(1)
+    loss = float(losses.sum()) / topology.dp_size
+    if not math.isfinite(loss):
+        raise RunError(_not_finite("loss", loss, step + 1))
+    return loss, int(memories.max()), bool(stops.any())
+
+
+def _not_finite(what: str, value: float, step: int) -> str:
+    return (
+        f"the {what} is {value} at step {step}: nothing was saved since the last checkpoint; "
+        f"lower optim.learning_rate or optim.clip, or lengthen optim.warmup_steps, and start again"
+    )
+
+
+def _mfu(config: Config, tokens_per_second: float, device: torch.device) -> float | None:
+    peak = peak_flops(device)
+    if peak is None:
+        return None
+    return training_flops_per_token(config.model) * tokens_per_second / peak
+
+
+def _save(
+    run: Path,
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    stream: TokenStream,
+    step: int,
+    consumed: int,
+    sequences: int,
+) -> None:
+    position = Position(consumed, sequences)
+    manifest = checkpoint.Manifest(
+        step=step,
+        world_size=topology.world_size,
+        dp=topology.dp_size,
+        sp=topology.sp_size,
+        zero_stage=config.deepspeed.zero_stage,
+        epoch=position.epoch,
+        consumed_in_epoch=position.consumed_in_epoch,
+        sequences_consumed=consumed,
+        data_fingerprint=stream.info.fingerprint,
+        versions=versions(),
+    )
+    checkpoint.save(run, manifest, engine.save, config.checkpoint.keep, topology)
+
+
+def _check_data(manifest: checkpoint.Manifest, stream: TokenStream) -> None:
+    if manifest.data_fingerprint != stream.info.fingerprint:
+        raise ValueError(
+            f"data.path {stream.folder} is not the data that the run was trained on: its order "
+            f"would be another; give back the same data, or choose another run.dir"
+        )
+
+
+def _evaluate(
+    run: Path,
+    engine: Engine,
+    held_out: SequenceReader,
+    config: Config,
+    topology: Topology,
+    device: torch.device,
+    step: int,
+    report: Report,
+) -> Evaluation:
+    engine.eval()
+    result = evaluate(
+        engine,
+        held_out,
+        config.evaluate.sequences,
+        config.train.loss_tile_tokens,
+        topology,
+        device,
+    )
+    engine.train()
+    if topology.rank == 0:
+        with (run / "evaluations.jsonl").open("a") as f:
+            f.write(json.dumps({"step": step, **asdict(result)}) + "\n")
+        report(
+            {
+                "event": "evaluation",
+                "step": step,
+                "loss": result.loss,
+                "bits_per_byte": result.bits_per_byte,
+            }
+        )
+    return result
+
+
+def _write_result(
+    run: Path, evaluated: Evaluation, train: TokenStream, held_out: TokenStream, step: int
+) -> None:
+    """evaluation.json: the final held-out loss beside the n-gram models' on the same tokens."""
+    baselines = {
+        name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, held_out.split)}
+        for name, loss in ngram_losses(train, held_out, evaluated.tokens).items()
+    }
+    result = {"step": step, **asdict(evaluated), "baselines": baselines}
+    partial_path = run / "evaluation.tmp"
+    partial_path.write_text(json.dumps(result, indent=1) + "\n")
+    partial_path.replace(run / "evaluation.json")
+
+
+def _describe_start(report: Report, config: Config, model: LanguageModel, step: int) -> None:
+    report(
+        {
+            "event": "start",
+            "step": step,
+            "steps": config.train.steps,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "workers": config.launch.workers,
+            "dp": config.dp,
+            "sp": config.parallel.sp,
+            "shard_tokens": config.shard_tokens,
+        }
+    )
+
+
+def _warn(report: Report, message: str) -> None:
+    report({"event": "warning", "message": message})
