@@ -1,7 +1,8 @@
 """Text to tokens and back: plain bytes, or any Hugging Face `tokenizers` JSON file."""
 
+import codecs
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; invalid UTF-8 becomes U+FFFD."""
 
+    def decode_stream(self) -> Callable[[int], str]:
+        """A function of one token after another: the text that each completes, often none."""
+
 
 class ByteTokenizer:
     """The UTF-8 bytes of the text: 256 tokens, nothing to learn, nothing to ship."""
@@ -35,6 +39,10 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+    def decode_stream(self) -> Callable[[int], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: decoder.decode(bytes([token]))
 
 
 class JsonTokenizer:
@@ -60,6 +68,12 @@ class JsonTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def decode_stream(self) -> Callable[[int], str]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._backend, token) or ""
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -220,7 +220,7 @@ def _tokenize_piece(piece: Piece, part: Path, settings: Settings, dtype: str) ->
 def _pack(
     parts: list[Path], split: str, folder: Path, info: DatasetInfo, settings: Settings
 ) -> SplitInfo:
-    """Write one split's shards from the parts, in order; anything half-written before is removed."""
+    """Write one split's shards from the parts, in order; what was half-written is removed."""
     from streaming import MDSWriter  # imports torch: only the packing process should
 
     shutil.rmtree(folder, ignore_errors=True)

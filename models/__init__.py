@@ -1,1 +1,1 @@
-"""Maths on one device: layers, scans and the language model. Imports torch, nothing else of the project."""
+"""Maths on one device: layers, scans, the language model. Imports torch and no other room."""

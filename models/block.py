@@ -14,7 +14,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = build_mixer(mixer, config)
-        self.mlp: nn.Module | None = None
+        self.mlp: SwiGLU | None = None
         if config.mlp_width:
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
             self.mlp = SwiGLU(config.width, config.mlp_width)

@@ -1,7 +1,7 @@
 """The language model: embed -> blocks -> norm -> head, and every initialisation in one place."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, name) for name in config.layer_mixers())
+        stack = [Block(config, name) for name in config.layer_mixers()]
+        self.blocks = cast(list[Block], nn.ModuleList(stack))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size)
         self.init_weights()

@@ -76,6 +76,8 @@ class SequenceMixer(nn.Module):
     `init_carry`. `ops` answers the verbs and is replaced from outside to shard the sequence.
     """
 
+    out: nn.Linear  # the projection that writes to the residual
+
     def __init__(self) -> None:
         super().__init__()
         self.ops: SequenceOps = LocalOps()

@@ -1,4 +1,4 @@
-"""The layer around any gated recurrence: convolution -> preactivations -> scan -> gate -> projection."""
+"""The layer around a recurrence: convolution -> preactivations -> scan -> gate -> projection."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class RecurrentMixer(SequenceMixer):
         self.out = nn.Linear(state, width, bias=False)
         # A decayed gate forgets its time scale; candidates share the gates' tensor, so that the
         # scan reads one input and returns one gradient.
-        self.preactivations.weight.no_weight_decay = True
+        self.preactivations.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
     def forget_bias(self, memory_tokens: Tensor) -> Tensor:
         """Bias [parts * H] with which channel i forgets over memory_tokens[i] tokens ([H])."""

@@ -165,7 +165,10 @@ def load_dumped(path: Path) -> Config:
     """The configuration of a run's folder. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {path.parent} is not the folder of a run")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
 
 
 def _merge(path: Path, overrides: list[str]) -> tuple[Config, dict[str, str], list[str]]:
@@ -191,7 +194,9 @@ def _merge(path: Path, overrides: list[str]) -> tuple[Config, dict[str, str], li
             faults.append(f"{place}: an override is written key=value")
             continue
         try:
-            parsed = OmegaConf.to_container(OmegaConf.create(f"v: {value}"))["v"]
+            loaded = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
+            assert isinstance(loaded, dict)
+            parsed = loaded["value"]
         except (yaml.YAMLError, OmegaConfBaseException):
             parsed = value
         settings.append((key, parsed, place))
@@ -313,12 +318,13 @@ def _sharding_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield (
             "train.seq_len",
             f"{train.seq_len} gives shards of {config.shard_tokens} tokens, fewer than the "
-            f"{config.model.halo_width} that the convolution sees: lengthen it or lower parallel.sp",
+            f"{config.model.halo_width} the convolution sees: lengthen it or lower parallel.sp",
         )
     if workers % sp:
         yield (
             "parallel.sp",
-            f"{sp} does not divide launch.workers {workers}: use {workers // sp * sp or sp} workers",
+            f"{sp} does not divide launch.workers {workers}: "
+            f"use {workers // sp * sp or sp} workers",
         )
         return
     parts = config.dp * train.micro_batch_size

@@ -14,6 +14,7 @@ dp and sp.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,11 @@ class TokenStream:
             validate_hash="sha256",
             keep_zip=False,
         )
-        self._remote = remote is not None
-        self._shards = self._stream.get_shards(World.detect(), allow_unsafe_types=False)
-        self._present = [not self._remote] * len(self._shards)
+        # Each worker acts as the only one, under a lock of the machine: placement breaks nothing.
+        alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+        with FileLock(self.folder / "lock") if remote else nullcontext():
+            self._shards: Any = self._stream.get_shards(alone, allow_unsafe_types=False)
+        self._present = [remote is None] * len(self._shards)
         self._spanner = Spanner(np.array([shard.samples for shard in self._shards]))
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, folder_tokenizer
 from models.lm import LanguageModel
+from models.mixer import Carry
 from trainer.checkpoint import find_weights
 from trainer.config import load_dumped
 
@@ -50,7 +51,8 @@ def generate(
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
-    carry, logits = None, None
+    carry: list[Carry] | None = None
+    logits = torch.empty(0)
     for segment in tokens.split(segment_tokens, dim=1):
         logits, carry = model(segment, carry, readout=_last_logits)
     for _ in range(max_tokens):

@@ -10,7 +10,8 @@ from trainer.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; never on gates, norms, biases and embeddings."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         keep = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
         keep = keep or name.startswith("embed.") or ".conv." in name

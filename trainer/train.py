@@ -40,12 +40,12 @@ from trainer.optim import learning_rate
 from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology, initialize_distributed
 
-# Rank 0 tells what happens: {"event": ..., ...}. The answer True asks the run to stop in good order.
+# Rank 0 tells what happens: {"event": ..., ...}. The answer True asks to stop in good order.
 Report = Callable[[dict[str, Any]], bool]
 
 
 class RunError(RuntimeError):
-    """The run itself cannot go on (a loss that is not finite, ...): starting again would not help."""
+    """The run itself cannot go on (a loss that is not finite): starting again would not help."""
 
 
 def train(config: Config, report: Report) -> None:

@@ -112,7 +112,7 @@ def reference_scan(
     if isinstance(recurrence, MinGRU):
         a, b = reference.mingru_gates(*wide)
     elif isinstance(recurrence, MinLSTM):
-        a, b = reference.minlstm_gates(*wide, normalize=recurrence.normalize)
+        a, b = reference.minlstm_gates(wide[0], recurrence.normalize)
     else:
         a, b = wide
     h, h_last = reference.linear_scan(a, b, h0, reset)

@@ -3,7 +3,7 @@
 Time is cut into about sqrt(T) chunks of about sqrt(T) steps. One loop over the steps of a chunk
 runs all chunks at once, so that T steps cost about sqrt(T) tensor operations. Like every backend:
 
-    summarize           inputs -> the span as one map (reads the inputs once, writes nothing of size T)
+    summarize           inputs -> the span as one map, h -> decay * h + state
     forward             inputs, entering state -> h, h_last
     summarize_backward  output gradients -> the backward's span: its decay is the forward's own
     backward            output gradients, gradient entering from the right -> input gradients

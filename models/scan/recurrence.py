@@ -31,7 +31,9 @@ class Span:
 class Recurrence(Protocol):
     """Gates of a diagonal recurrence, and their derivatives."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Short and lower case, for messages."""
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
         """(B, T, H) of the state that `inputs` drive."""

@@ -1,4 +1,4 @@
-"""Runs through the whole trainer, for tests: started on ranks, and the definition they must match."""
+"""Runs through the whole trainer, for tests, and the definition they must match."""
 
 from pathlib import Path
 from typing import Any

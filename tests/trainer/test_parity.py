@@ -1,4 +1,4 @@
-"""P ranks = one process, through the whole trainer: every mixer, every ZeRO stage, every topology."""
+"""P ranks = one process, through the whole trainer: every mixer, ZeRO stage and topology."""
 
 from pathlib import Path
 

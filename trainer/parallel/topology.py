@@ -100,8 +100,8 @@ class SequenceGroup:
 class Topology:
     """Where this rank stands in dp x sp. Passed to DeepSpeed as its `mpu`.
 
-    Gradients are summed over SP and averaged over DP, so a loss that is the local sum over the token
-    count of the whole SP group is exact; ZeRO shards over all dp * sp ranks.
+    Gradients are summed over SP and averaged over DP, so a loss that is the local sum over the
+    token count of the whole SP group is exact; ZeRO shards over all dp * sp ranks.
     """
 
     def __init__(self, sp_size: int, timeout_seconds: float = 600.0) -> None:
@@ -118,7 +118,7 @@ class Topology:
         rows = [list(range(r * sp_size, (r + 1) * sp_size)) for r in range(self.dp_size)]
         row_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]
         self._alone = [dist.new_group([r], timeout=timeout) for r in range(self.world_size)]
-        self.world_group = dist.new_group(list(range(self.world_size)), timeout=timeout)
+        self.world_group: Any = dist.new_group(list(range(self.world_size)), timeout=timeout)
         self.sequence = SequenceGroup(self.sp_rank, rows[self.dp_rank], row_groups[self.dp_rank])
 
     def gather(self, x: Tensor) -> Tensor:
@@ -185,8 +185,9 @@ def initialize_distributed(timeout_seconds: float) -> torch.device:
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if cuda:  # a launcher may show a worker all GPUs of the machine, or its own alone
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)

@@ -1,0 +1,49 @@
+# Every target works alone on a fresh machine with Python 3.11 or 3.12, make, g++ and git.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test soak lint lock setup clean
+
+# Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
+train: setup
+	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
+	$(RUN) -m launch train configs/demo.yaml
+
+# The proofs, in about ten minutes on two cores.
+test: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+# Long proofs: workers killed at random moments.
+soak: setup
+	$(RUN) -m pytest -m soak
+
+lint: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m mypy
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 with venv found;" \
+		"install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make" \
+		"a virtual environment; on Debian and Ubuntu: apt install $(notdir $(PYTHON))-venv"; exit 1; }
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	touch $@
+
+# Write the lock file anew from pyproject.toml.
+lock: setup
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-header --quiet --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

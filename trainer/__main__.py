@@ -1,0 +1,66 @@
+"""A worker under torchrun: torchrun --nproc-per-node 4 -m trainer CONFIG [key=value ...]."""
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+from trainer.config import ConfigError, load_config
+
+
+def main(argv: list[str]) -> int:
+    """Train as one of WORLD_SIZE workers; 0 when the run ended in good order."""
+    if not argv or argv[0].startswith("-"):
+        print("usage: torchrun --nproc-per-node N -m trainer CONFIG.yaml [key=value ...]")
+        return 2
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = load_config(argv[0], argv[1:], workers=int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        if rank == 0:  # every rank found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    stopping = False
+
+    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+    def report(event: dict[str, Any]) -> bool:
+        print(_line(event), flush=True)
+        return stopping
+
+    from trainer.train import RunError, train  # imports torch, so after the configuration is good
+
+    try:
+        train(config, report)
+    except (ValueError, RunError) as error:
+        print(f"error: worker {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # other ranks may be inside a collective that this one will not join
+    except RuntimeError:
+        traceback.print_exc()
+        print(f"error: worker {rank} failed, see above", file=sys.stderr, flush=True)
+        os._exit(1)
+    return 0
+
+
+def _line(event: dict[str, Any]) -> str:
+    """One event as a line for people."""
+    if event["event"] == "step":
+        return (
+            f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
+            f"{event['tokens_per_second']:,.0f} tokens/s  eta {event['eta_seconds']:.0f} s"
+        )
+    if event["event"] == "evaluation":
+        return f"held-out loss {event['loss']:.4f} nats, {event['bits_per_byte']:.4f} bits per byte"
+    rest = {key: value for key, value in event.items() if key != "event"}
+    return f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in rest.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
