@@ -57,7 +57,8 @@ class TokenStream:
     """Random access to the tokens of one split. `bytes_read` counts what was read of its blocks."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        remote = config.path if "://" in config.path else None
+        # file:// is a folder to fetch from too: storage that is slower than the machine's own disk
+        remote = config.path.removeprefix("file://") if "://" in config.path else None
         self.folder = Path(config.cache or "") if remote else Path(config.path)
         self.info = _fetch_info(remote, self.folder) if remote else load_info(self.folder)
         self.split = self.info.splits[split]

@@ -1,0 +1,103 @@
+"""The language model: causal, streamable, its parameters counted exactly."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import MIXER_NAMES, ModelConfig
+from models.flops import forward_flops_per_token, parameters
+from models.lm import LanguageModel
+from models.mixer import MIXERS
+
+VARIANTS = [
+    {},
+    {"conv_width": 0},
+    {"gate": False},
+    {"mlp_ratio": 0.0},
+    {"expansion": 2.0, "conv_width": 2},
+    {"normalize_gates": False},
+]
+
+
+def small(mixer: object, **changes: object) -> ModelConfig:
+    return ModelConfig(**{"mixer": mixer, "layers": 2, "width": 16, "vocab_size": 50, **changes})
+
+
+def tokens_and_reset(steps: int = 40) -> tuple[Tensor, Tensor]:
+    reset = torch.zeros(2, steps, dtype=torch.uint8)
+    reset[0, [0, 7, 8, 21]] = 1
+    reset[1, 39] = 1
+    return torch.randint(0, 50, (2, steps)), reset
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("mixer", [*MIXER_NAMES, ["mingru", "minlstm"]], ids=str)
+def test_parameters_are_counted_exactly(mixer, changes):
+    config = small(mixer, **changes)
+    assert parameters(config) == sum(p.numel() for p in LanguageModel(config).parameters())
+    assert forward_flops_per_token(config) > 2 * 50 * 16
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_streamed_in_pieces_equals_whole(mixer, changes):
+    """Segments of any length, single tokens too, with resets: decoding equals prefill."""
+    model = LanguageModel(small(mixer, **changes)).double()
+    tokens, reset = tokens_and_reset()
+    whole, _ = model(tokens, reset=reset)
+    carry, pieces, begin = None, [], 0
+    for length in (1, 1, 5, 2, 13, 1, 17):
+        part = slice(begin, begin + length)
+        logits, carry = model(tokens[:, part], carry, reset=reset[:, part])
+        pieces.append(logits)
+        begin += length
+    assert begin == 40
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_no_token_sees_the_future(mixer):
+    """A non-causal convolution once gave a reimplementation a loss of 0.003."""
+    model = LanguageModel(small(mixer))
+    tokens, _ = tokens_and_reset()
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 50
+    before, after = model(tokens)[0], model(changed)[0]
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20], after[:, 20])
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_reset_hides_everything_before_it(mixer):
+    """A document reads as if it stood alone, from its first token on, and not one later."""
+    model = LanguageModel(small(mixer)).double()
+    tokens, _ = tokens_and_reset()
+    reset = torch.zeros(2, 40, dtype=torch.uint8)
+    reset[:, 15] = 1
+    together, _ = model(tokens, reset=reset)
+    alone, _ = model(tokens[:, 15:])
+    torch.testing.assert_close(together[:, 15:], alone)
+    without, _ = model(tokens)
+    torch.testing.assert_close(together[:, :15], without[:, :15])
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_initial_memory_is_what_was_asked(mixer):
+    """At a zero input the slowest channel keeps 1 - 1/m with m near memory_tokens."""
+    model = LanguageModel(small(mixer, memory_tokens=1000.0, expansion=4.0))
+    layer = model.blocks[0].mixer
+    a, _ = layer.recurrence.gates((layer.preactivations.bias[None, None],))
+    assert a.max().item() == pytest.approx(1 - 1 / 1000, abs=2e-4)
+    assert a.min().item() == pytest.approx(1 - 1 / 2, abs=0.05)
+
+
+def test_initial_loss_is_log_of_the_vocabulary():
+    model = LanguageModel(small("mingru"))
+    tokens, _ = tokens_and_reset()
+    logits, _ = model(tokens)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), abs=0.1)
+
+
+def test_registry_and_configuration_name_the_same_mixers():
+    assert set(MIXERS) == set(MIXER_NAMES)

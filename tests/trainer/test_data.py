@@ -1,0 +1,101 @@
+"""A rank reads its own shard and no more, in an order that no number of workers changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.schema import load_info
+from trainer.config import DataConfig, load_config
+from trainer.data import Position, SequenceOrder, SequenceReader, TokenStream, training_batches
+
+SEQ_LEN = 960
+
+
+@pytest.fixture
+def data(dataset):
+    return DataConfig(path=str(dataset))
+
+
+def test_shards_of_any_sp_make_the_same_sequence(data):
+    """Data written once, read at any sp: tokens, labels and resets are the whole's, cut."""
+    whole = SequenceReader(TokenStream(data, "train"), SEQ_LEN, 0, 1, with_reset=True)
+    indices = [3, 0]
+    expected = whole.micro_batch(indices)
+    assert expected.reset is not None
+    assert expected.reset.sum() > 0
+    assert torch.equal(expected.tokens[:, 1:], expected.labels[:, :-1])
+    for shards in (2, 3, 5):
+        parts = [
+            SequenceReader(TokenStream(data, "train"), SEQ_LEN, s, shards, True).micro_batch(
+                indices
+            )
+            for s in range(shards)
+        ]
+        for name in ("tokens", "labels", "reset"):
+            joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+            assert torch.equal(joined, getattr(expected, name))
+
+
+def test_a_rank_touches_only_the_blocks_of_its_shard(data, dataset):
+    """Counted in bytes: the blocks that hold tokens [begin, begin + T + 1), and no others."""
+    info = load_info(dataset)
+    block_bytes = info.block_size + 4 + 4  # uint8 tokens, crc32, the length of the starts
+    for shards in (1, 4):
+        for shard in range(shards):
+            stream = TokenStream(data, "train")
+            reader = SequenceReader(stream, SEQ_LEN, shard, shards, with_reset=False)
+            reader.micro_batch([2])
+            begin = 2 * SEQ_LEN + shard * SEQ_LEN // shards
+            end = begin + SEQ_LEN // shards + 1
+            blocks = (end - 1) // info.block_size - begin // info.block_size + 1
+            assert 0 <= stream.bytes_read - blocks * block_bytes <= 4 * 4  # a few document starts
+
+
+def test_reset_marks_the_first_token_of_each_document(data, dataset):
+    """Counted over the whole split: as many marks as documents, each before its own first word."""
+    info = load_info(dataset)
+    stream = TokenStream(data, "train")
+    tokens, starts = stream.read(0, stream.token_count)
+    assert len(starts) == info.splits["train"].documents
+    assert starts[0] == 0
+    newline = ord("\n")  # every document of the fixture ends with its only one
+    assert np.array_equal(starts[1:], np.flatnonzero(tokens == newline)[:-1] + 1)
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = SequenceOrder(7, seed=3)
+    epochs = [[order[n] for n in range(e * 7, e * 7 + 7)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(7))
+    assert epochs[0] != epochs[1]
+    assert [SequenceOrder(7, seed=3)[n] for n in range(14, 21)] == epochs[2]
+    assert [SequenceOrder(7, seed=4)[n] for n in range(7)] != epochs[0]
+    position = Position(consumed=17, sequences=7)
+    assert (position.epoch, position.consumed_in_epoch) == (2, 3)
+
+
+def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
+    """Two DP ranks together read, in each step, what one alone reads."""
+
+    def steps(workers: int, dp_rank: int, consumed: int) -> list[list[list[int]]]:
+        config = load_config(config_file, ["train.batch_size=4"], workers=workers)
+        reader = SequenceReader(TokenStream(config.data, "train"), 192, 0, 1, False)
+        batches = training_batches(reader, config, dp_rank, consumed)
+        return [[b.tokens[0].tolist() for b in next(batches)] for _ in range(3)]
+
+    alone = steps(1, 0, 0)
+    first, second = steps(2, 0, 0), steps(2, 1, 0)
+    for whole, a, b in zip(alone, first, second, strict=True):
+        assert sorted(whole) == sorted(a + b)
+    assert steps(1, 0, 4)[0] == alone[1]
+
+
+def test_shards_of_a_url_are_fetched_once_and_read_alike(dataset, tmp_path):
+    """Streaming fetches index and shards into the cache; the tokens are the same."""
+    local = TokenStream(DataConfig(path=str(dataset)), "held_out")
+    config = DataConfig(path=f"file://{dataset}", cache=str(tmp_path / "cache"))
+    remote = TokenStream(config, "held_out")
+    assert not list((tmp_path / "cache").rglob("*.mds"))
+    assert np.array_equal(remote.read(0, 500)[0], local.read(0, 500)[0])
+    assert list((tmp_path / "cache").rglob("*.mds"))
+    assert np.array_equal(TokenStream(config, "held_out").read(0, 9)[0], local.read(0, 9)[0])

@@ -1,0 +1,152 @@
+"""What goes wrong ends in one clear message, on all ranks, and the last good checkpoint loads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.trainer.runs import figures, run, train_here
+from trainer import checkpoint
+from trainer.config import ConfigError, load_config
+from trainer.data import DataError
+from trainer.train import RunError
+
+
+@pytest.fixture
+def own_data(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared folder that a test may damage."""
+    return Path(shutil.copytree(dataset, tmp_path / "data"))
+
+
+def _caught(config_file: Path, overrides: list[str], kinds: tuple[type[Exception], ...]) -> str:
+    """On every rank: the message that ends the run."""
+    with pytest.raises(kinds) as caught:
+        train_here(config_file, overrides)
+    return str(caught.value)
+
+
+def _first_shard(data: Path) -> Path:
+    return data / "train" / "shard.00000.mds"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_shard_is_named_before_any_worker_starts(config_file, own_data, damage):
+    shard = _first_shard(own_data)
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match=rf"data.path: data shard {shard}"):
+        load_config(config_file, [f"data.path={own_data}"])
+
+
+def _flip_then_train(config_file: Path, own_data: Path) -> str:
+    return _caught(config_file, [f"data.path={own_data}", "parallel.sp=2"], (DataError,))
+
+
+def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
+    """The size is right, the content is not: every shard is hit, so every rank meets it."""
+    for shard in (own_data / "train").glob("*.mds"):
+        data = bytearray(shard.read_bytes())
+        for i in range(2000, len(data), 50):
+            data[i] ^= 1
+        shard.write_bytes(data)
+    for message in run_distributed(_flip_then_train, 2, config_file, own_data):
+        assert "data shard" in message
+        assert ".mds, block" in message
+        assert "data_prep verify" in message
+
+
+def test_index_that_leaves_its_folder_is_refused(config_file, own_data):
+    index = own_data / "train" / "index.json"
+    content = json.loads(index.read_text())
+    content["shards"][0]["raw_data"]["basename"] = "../held_out/shard.00000.mds"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="outside its folder"):
+        load_config(config_file, [f"data.path={own_data}"])
+
+
+def test_other_data_is_refused_on_resume(config_file, own_data):
+    run(config_file, 1, "train.stop_after=1")
+    info = own_data / "dataset.json"
+    content = json.loads(info.read_text())
+    content["fingerprint"] = "another"
+    info.write_text(json.dumps(content))
+    with pytest.raises(AssertionError, match="is not the data that the run was trained on"):
+        run(config_file, 1, f"data.path={own_data}")
+
+
+def _spoil(config_file: Path, ranks: int, how: str) -> tuple[Path, list]:
+    """A run of three steps with a checkpoint each, the newest of them damaged."""
+    options = ["checkpoint.every=1", "checkpoint.keep=3", "evaluate.sequences=0"]
+    events = run(config_file, ranks, *options, f"parallel.sp={ranks}", "train.stop_after=3")
+    folder = config_file.parent / "run"
+    newest = checkpoint.checkpoint_folder(folder, 3)
+    if how == "truncated":
+        victim = newest / "deepspeed" / "mp_rank_00_model_states.pt"
+        victim.write_bytes(victim.read_bytes()[:-100])
+    elif how == "flipped":
+        victim = newest / "deepspeed" / "mp_rank_00_model_states.pt"
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    else:
+        (newest / checkpoint.MANIFEST).unlink()
+    return folder, events
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "mp_rank_00_model_states.pt has"),
+        ("flipped", "does not have the sha256"),
+        ("no manifest", "it was never finished"),
+    ],
+)
+def test_damaged_checkpoint_is_set_aside_and_the_last_good_one_loads(config_file, how, said):
+    folder, before = _spoil(config_file, 2, how)
+    events = run(config_file, 2, "parallel.sp=2", "evaluate.sequences=0")
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert len(warnings) == 1
+    assert "step-000003 is not used" in warnings[0]
+    assert said in warnings[0]
+    assert next(e for e in events if e["event"] == "start")["step"] == 2
+    assert figures(events)[0] == figures(before)[2]  # the third step again, to the bit
+    assert (folder / "checkpoints" / "step-000003.damaged").is_dir()
+
+
+def test_only_damaged_checkpoints_is_an_error_not_a_new_start(config_file):
+    folder, _ = _spoil(config_file, 1, "truncated")
+    for step in (1, 2):
+        (checkpoint.checkpoint_folder(folder, step) / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(AssertionError, match=r"no checkpoint in .* is intact"):
+        run(config_file, 1)
+
+
+def _diverge(config_file: Path) -> str:
+    options = ["optim.learning_rate=1e30", "optim.warmup_steps=0", "optim.clip=0", "train.steps=50"]
+    options += ["parallel.sp=2", "checkpoint.every=1"]
+    return _caught(config_file, options, (RunError,))
+
+
+def test_loss_that_is_not_finite_ends_the_run_on_all_ranks(config_file):
+    messages = run_distributed(_diverge, 2, config_file)
+    assert messages[0] == messages[1]
+    assert "at step" in messages[0]
+    assert "lower optim.learning_rate" in messages[0]
+    # What was saved before still loads.
+    events = run(config_file, 2, "parallel.sp=2", "train.steps=1", "evaluate.sequences=0")
+    assert events[0]["event"] == "start"
+    assert events[0]["step"] >= 1
+
+
+def _no_folder(config_file: Path) -> str:
+    return _caught(config_file, ["run.dir=/proc/longhaul", "parallel.sp=2"], (ValueError,))
+
+
+def test_unwritable_run_folder_is_told_by_all_ranks(config_file):
+    """A folder that only the attempt shows to be unwritable."""
+    for message in run_distributed(_no_folder, 2, config_file):
+        assert "run.dir /proc/longhaul cannot be written" in message

@@ -1,0 +1,55 @@
+"""Generation: the same text however the prompt is read, and a carry that does not grow."""
+
+import pytest
+import torch
+
+from models.config import MIXER_NAMES, ModelConfig
+from models.lm import LanguageModel
+from trainer.generate import generate
+
+
+def tiny(mixer: str) -> LanguageModel:
+    torch.manual_seed(1)
+    return LanguageModel(ModelConfig(mixer=mixer, layers=2, width=16, vocab_size=40)).eval()
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_prompt_in_segments_equals_prompt_at_once_and_full_prefill(mixer):
+    model = tiny(mixer)
+    prompt = torch.randint(0, 40, (50,)).tolist()
+    settings = {"temperature": 0.0}
+    whole = list(generate(model, prompt, 12, segment_tokens=100, **settings))
+    assert list(generate(model, prompt, 12, segment_tokens=1, **settings)) == whole
+    assert list(generate(model, prompt, 12, segment_tokens=7, **settings)) == whole
+    text = list(prompt)  # the definition: the whole text again for every token
+    for token in whole:
+        logits, _ = model(torch.tensor([text]))
+        assert int(logits[0, -1].argmax()) == token
+        text.append(token)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_carry_has_one_size_whatever_was_read(mixer):
+    model = tiny(mixer)
+
+    def size(tokens: int) -> int:
+        _, carry = model(torch.zeros(1, tokens, dtype=torch.int64))
+        return sum(x.numel() for layer in carry for x in layer)
+
+    assert size(1) == size(100) == size(3000)
+
+
+def test_seed_decides_the_sample():
+    model = tiny("mingru")
+    first = list(generate(model, [1, 2, 3], 30, seed=5))
+    assert first == list(generate(model, [1, 2, 3], 30, seed=5))
+    assert first != list(generate(model, [1, 2, 3], 30, seed=6))
+    assert list(generate(model, [1], 9, temperature=1.0, top_k=1)) == list(
+        generate(model, [1], 9, temperature=0.0)
+    )
+
+
+@pytest.mark.parametrize(("prompt", "said"), [([], "the prompt is empty"), ([40], "has token 40")])
+def test_bad_prompts_are_told(prompt, said):
+    with pytest.raises(ValueError, match=said):
+        next(generate(tiny("mingru"), prompt, 1))

@@ -1,0 +1,119 @@
+"""Stopped, killed, or moved to other workers: a run goes on as if nothing had happened."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_distributed
+from tests.trainer.runs import figures, run, train_here
+from trainer import checkpoint
+
+STEPS = 6
+
+
+def _state(run_dir: Path) -> dict[str, Any]:
+    """Everything of the last checkpoint: weights and DeepSpeed's optimizer state, per file."""
+    folder = checkpoint.checkpoint_folder(run_dir, STEPS)
+    state: dict[str, Any] = dict(load_file(folder / checkpoint.WEIGHTS))
+    for path in sorted((folder / "deepspeed").glob("*.pt")):
+        state[path.name] = torch.load(path, weights_only=False)
+    return state
+
+
+def _assert_identical(a: Any, b: Any, where: str = "") -> None:
+    """To the bit, through nested containers; only paths and DeepSpeed's own notes may differ."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("ds_config", "mpu"):
+                _assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            _assert_identical(x, y, f"{where}/{i}")
+    elif isinstance(a, int | float | str | bool | type(None)):
+        assert a == b, where
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stopped_and_started_again_is_bitwise(config_file, stage, dtype):
+    """Parameters, optimizer and remaining losses, after a stop in the middle of an epoch."""
+    base = [
+        f"train.steps={STEPS}",
+        "parallel.sp=2",
+        f"deepspeed.zero_stage={stage}",
+        f"train.dtype={dtype}",
+        "evaluate.sequences=0",
+    ]
+    whole, halves = config_file.parent / "whole", config_file.parent / "halves"
+    straight = run(config_file, 2, *base, f"run.dir={whole}")
+    first = run(config_file, 2, *base, f"run.dir={halves}", "train.stop_after=3")
+    second = run(config_file, 2, *base, f"run.dir={halves}")
+    assert second[0]["step"] == 3
+    assert figures(first) + figures(second) == figures(straight)
+    _assert_identical(_state(whole), _state(halves))
+    assert len((halves / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+def _train_and_die(config_file: Path, overrides: list[str]) -> None:
+    """Rank 1 is killed while it seals its files of the second checkpoint."""
+    seal, sealed = checkpoint._seal, []
+
+    def dying_seal(path: Path) -> dict[str, Any]:
+        sealed.append(path)
+        if "step-000004" in str(path) and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seal(path)
+
+    checkpoint._seal = dying_seal
+    train_here(config_file, overrides)
+
+
+def test_killed_in_the_middle_of_a_save_is_bitwise(config_file):
+    """The half-written checkpoint does not exist; the run goes on from the one before it."""
+    base = [f"train.steps={STEPS}", "parallel.sp=2", "deepspeed.zero_stage=2"]
+    base += ["checkpoint.every=2", "evaluate.sequences=0"]
+    whole, killed = config_file.parent / "whole", config_file.parent / "killed"
+    straight = run(config_file, 2, *base, f"run.dir={whole}")
+    with pytest.raises(AssertionError, match="rank 0"):
+        run_distributed(_train_and_die, 2, config_file, [*base, f"run.dir={killed}"])
+    left = sorted(p.name for p in (killed / "checkpoints").iterdir())
+    assert left == ["step-000002", "step-000004.tmp"]
+    second = run(config_file, 2, *base, f"run.dir={killed}")
+    assert second[0]["step"] == 2
+    assert figures(second) == figures(straight)[2:]
+    _assert_identical(_state(whole), _state(killed))
+    assert not list((killed / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, 2), (1, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1)), ((4, 2), (2, 2))],
+    ids=lambda pair: f"{pair[0]}ranks-sp{pair[1]}",
+)
+def test_goes_on_with_other_workers(config_file, stage, before, after):
+    """Another sp, another dp, both ways: the same losses to fp32 rounding, data position included.
+
+    The universal conversion happens unasked. Tolerance as in test_parity.
+    """
+    base = [f"train.steps={STEPS}", f"deepspeed.zero_stage={stage}", "evaluate.sequences=0"]
+    straight = run(config_file, 1, *base, f"run.dir={config_file.parent / 'straight'}")
+    moved = f"run.dir={config_file.parent / 'moved'}"
+    first = run(
+        config_file, before[0], *base, moved, f"parallel.sp={before[1]}", "train.stop_after=3"
+    )
+    second = run(config_file, after[0], *base, moved, f"parallel.sp={after[1]}")
+    assert second[0]["step"] == 3
+    actual, expected = figures(first) + figures(second), figures(straight)
+    for got, want in zip(actual, expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert not list((config_file.parent / "moved" / "checkpoints").glob("*.universal"))
