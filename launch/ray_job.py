@@ -69,7 +69,7 @@ def run_job(
                 raise LaunchError(_shared_message(faults))
             if all(o.kind == "done" for o in outcomes):
                 return finished
-            lost = [o for o in outcomes if o.kind == "lost"]
+            lost = [o for o in outcomes if o.kind == "lost"] or _silent(outcomes, config)
             shown = "; ".join(
                 f"worker {o.rank}: {o.message}" for o in lost or outcomes if o.message
             )
@@ -98,6 +98,19 @@ def _shared_message(faults: list[Outcome]) -> str:
         f"{message} (worker {', '.join(map(str, sorted(ranks)))})"
         for message, ranks in messages.items()
     )
+
+
+def _silent(outcomes: list[Outcome], config: Config) -> list[Outcome]:
+    """The workers that the others waited for in vain: alive, perhaps, but hung."""
+    if not any("timed out" in o.message.lower() for o in outcomes):
+        return []
+    answered = {o.rank for o in outcomes}
+    waited = f"did not answer for parallel.timeout_seconds {config.parallel.timeout_seconds:g}"
+    return [
+        Outcome(rank, "lost", waited)
+        for rank in range(config.launch.workers)
+        if rank not in answered
+    ]
 
 
 def _connect(config: Config) -> None:

@@ -137,10 +137,11 @@ def test_interrupted_then_resumed_equals_uninterrupted(config_file):
     assert _losses(run) == _uninterrupted(config_file, options)
 
 
-def test_a_killed_worker_is_replaced(config_file):
-    """Ray starts the gang again, which goes on from the last checkpoint, to the bit."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_a_lost_worker_is_named_and_replaced(config_file, how):
+    """Dead or hung: the gang starts again from the last checkpoint, and goes on to the bit."""
     options = ["launch.workers=2", "parallel.sp=2", "train.steps=80", "evaluate.sequences=0"]
-    options += ["checkpoint.every=10"]
+    options += ["checkpoint.every=10", "parallel.timeout_seconds=6"]
     run = config_file.parent / "run"
     driver = subprocess.Popen(
         [*TRAIN, str(config_file), *options],
@@ -154,10 +155,12 @@ def test_a_killed_worker_is_replaced(config_file):
     children = psutil.Process(driver.pid).children(recursive=True)
     workers = [p for p in children if "_Worker" in " ".join(p.cmdline())]
     assert len(workers) == 2
-    workers[1].kill()
+    workers[1].send_signal(how)
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 0, errors
     assert "starting all workers again from the last checkpoint (1 of 3)" in errors
+    said = "its process was lost" if how == signal.SIGKILL else "did not answer for"
+    assert re.search(rf"warning: worker [01]: {said}", errors)
     assert _losses(run) == _uninterrupted(config_file, options)
 
 
