@@ -135,8 +135,8 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
 
 def _steps(run: Path) -> list[Path]:
     """Checkpoint folders, newest first; unfinished and damaged ones have other names."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted((p for p in folders if p.is_dir() and not p.suffix), reverse=True)
+    folders = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and not p.suffix]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:

@@ -379,8 +379,8 @@ def _run_folder_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "run.dir", f"{folder} cannot be made: {existing} is not a folder"
     elif not os.access(existing, os.W_OK):
         yield "run.dir", f"{folder} cannot be written: no permission in {existing}"
-    if not (folder / "config.yaml").is_file():
-        return
+    if not (folder / "config.yaml").is_file() or not any(folder.glob("checkpoints/step-*")):
+        return  # nothing to resume
     before = load_dumped(folder / "config.yaml")
     for name, _ in _leaves_of(Config):
         fixed = name in FIXED_KEYS or name.partition(".")[0] in FIXED_KEYS

@@ -145,9 +145,9 @@ class Engine:
         """Update the weights after a step's last backward; the gradient's norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = None
         if self._stage == 0:  # every rank holds all gradients; DeepSpeed keeps no norm in fp32
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
         self._step += 1

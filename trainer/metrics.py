@@ -9,8 +9,39 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from models.flops import training_flops_per_token
+from trainer.config import Config
+
 # Dense bf16 peaks in FLOP/s, by the name that CUDA reports. Where the peak is unknown, mfu is null.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def step_metrics(
+    config: Config,
+    device: torch.device,
+    step: int,
+    consumed: int,
+    *,
+    step_seconds: float,
+    **measured: float,
+) -> dict[str, Any]:
+    """A step's line of metrics.jsonl: what was measured, and the rates that follow from it.
+
+    `consumed` counts sequences since the run began.
+    """
+    rate = config.train.batch_size * config.train.seq_len / step_seconds
+    rate_per_worker = rate / config.launch.workers
+    peak = peak_flops(device)
+    flops = training_flops_per_token(config.model) * rate_per_worker
+    return {
+        "step": step,
+        "tokens": consumed * config.train.seq_len,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_worker": rate_per_worker,
+        "step_seconds": step_seconds,
+        "mfu": None if peak is None else flops / peak,
+        **measured,
+    }
 
 
 class MetricsWriter:

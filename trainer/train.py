@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import TOKENIZER_NAME
-from models.flops import training_flops_per_token
 from models.lm import LanguageModel
 from trainer import checkpoint
 from trainer.config import Config, dump_config
@@ -32,8 +31,8 @@ from trainer.evaluate import Evaluation, bits_per_byte, evaluate, ngram_losses
 from trainer.loss import summed_cross_entropy
 from trainer.metrics import (
     MetricsWriter,
-    peak_flops,
     peak_memory_bytes,
+    step_metrics,
     truncate_after,
 )
 from trainer.optim import learning_rate
@@ -72,7 +71,7 @@ def train(config: Config, report: Report) -> None:
     step, consumed = 0, 0
     if found:
         step, consumed = found[1].step, found[1].sequences_consumed
-        _check_data(found[1], stream)
+        _check_resume(found[1], stream, config)
     if topology.rank == 0:
         _describe_start(report, config, model, step)
 
@@ -103,22 +102,20 @@ def train(config: Config, report: Report) -> None:
         step_seconds = time.perf_counter() - started
         recent.append(step_seconds)
         if writer:
-            tokens = config.train.batch_size * config.train.seq_len
-            metrics = {
-                "step": step,
-                "loss": loss,
-                "tokens": step * tokens,
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                "tokens_per_second": tokens / step_seconds,
-                "tokens_per_second_per_worker": tokens / step_seconds / topology.world_size,
-                "step_seconds": step_seconds,
-                "data_seconds": data_seconds,
-                "exchange_seconds": exchange_seconds,
-                "peak_memory_bytes": memory,
-                "mfu": _mfu(config, tokens / step_seconds / topology.world_size, device),
-                "eta_seconds": statistics.median(recent) * (config.train.steps - step),
-            }
+            metrics = step_metrics(
+                config,
+                device,
+                step,
+                consumed,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=rate,
+                step_seconds=step_seconds,
+                data_seconds=data_seconds,
+                exchange_seconds=exchange_seconds,
+                peak_memory_bytes=memory,
+                eta_seconds=statistics.median(recent) * (config.train.steps - step),
+            )
             writer.write(metrics)
             # taken up in the next step's exchange, so that all workers stop at the same one
             asked_to_stop = report({"event": "step", "steps": config.train.steps, **metrics})
@@ -129,7 +126,7 @@ def train(config: Config, report: Report) -> None:
             evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
     if writer:
         writer.close()
-    if step == config.train.steps:
+    if step == config.train.steps and not _has_result(run, step):
         if held_out and evaluated is None:
             evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
         if held_out and evaluated and topology.rank == 0:
@@ -220,13 +217,6 @@ def _not_finite(what: str, value: float, step: int) -> str:
     )
 
 
-def _mfu(config: Config, tokens_per_second: float, device: torch.device) -> float | None:
-    peak = peak_flops(device)
-    if peak is None:
-        return None
-    return training_flops_per_token(config.model) * tokens_per_second / peak
-
-
 def _save(
     run: Path,
     engine: Engine,
@@ -253,7 +243,12 @@ def _save(
     checkpoint.save(run, manifest, engine.save, config.checkpoint.keep, topology)
 
 
-def _check_data(manifest: checkpoint.Manifest, stream: TokenStream) -> None:
+def _check_resume(manifest: checkpoint.Manifest, stream: TokenStream, config: Config) -> None:
+    if manifest.step > config.train.steps:
+        raise ValueError(
+            f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
+            f"{config.run.dir} has reached: raise it, or choose another run.dir"
+        )
     if manifest.data_fingerprint != stream.info.fingerprint:
         raise ValueError(
             f"data.path {stream.folder} is not the data that the run was trained on: its order "
@@ -293,6 +288,12 @@ def _evaluate(
             }
         )
     return result
+
+
+def _has_result(run: Path, step: int) -> bool:
+    """Whether an earlier start has finished the run already."""
+    path = run / "evaluation.json"
+    return path.exists() and json.loads(path.read_text())["step"] == step
 
 
 def _write_result(

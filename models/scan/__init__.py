@@ -4,13 +4,15 @@ Each scan returns (h [B, T, H] in the inputs' dtype, h_last [B, H] in fp32, fp64
 and is differentiable in every input and in h0, from h and from h_last.
 """
 
+import warnings
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.scan import chunked, reference
+from models.scan import chunked, native, reference
 from models.scan.recurrence import (
     Inputs,
     Linear,
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 # Faster backends join here: a module with chunked.py's four functions.
-BACKENDS: dict[str, ModuleType] = {"chunked": chunked}
+BACKENDS: dict[str, ModuleType] = {"native": native, "chunked": chunked}
 
 
 def linear_scan(
@@ -101,7 +103,7 @@ def scan(
     h0 = check_scan(recurrence, inputs, h0, reset)
     if backend == "reference":
         return reference_scan(recurrence, inputs, h0, reset)
-    return _Scan.apply(recurrence, choose_backend(backend), reset, h0, *inputs)
+    return _Scan.apply(recurrence, choose_backend(backend, inputs), reset, h0, *inputs)
 
 
 def reference_scan(
@@ -119,14 +121,34 @@ def reference_scan(
     return h.to(inputs[0].dtype), h_last
 
 
-def choose_backend(name: str) -> ModuleType:
-    """The module that runs the scan; "auto" takes the fastest that this machine has."""
+def choose_backend(name: str, inputs: Inputs) -> ModuleType:
+    """The module that runs the scan; "auto" takes the fastest for these inputs on this machine.
+
+    Raises ValueError for a backend that is not known, or asked for by name and not to be had.
+    """
     if name == "auto":
-        return chunked
+        return native if native.supports(inputs) and _native_works() else chunked
     if name not in BACKENDS:
         known = ", ".join(["auto", "reference", *BACKENDS])
         raise ValueError(f"scan backend {name!r} is not known: use one of {known}")
+    if name == "native":
+        if not native.supports(inputs):
+            raise ValueError(
+                f"scan backend 'native' is for CPU tensors in fp32, bf16 or fp64, not "
+                f"{inputs[0].dtype} on {inputs[0].device}: use 'auto' or 'chunked'"
+            )
+        if reason := native.unavailable():
+            raise ValueError(f"scan backend 'native' cannot be used: {reason}")
     return BACKENDS[name]
+
+
+@cache
+def _native_works() -> bool:
+    """Whether "auto" may take the native backend; says once why not."""
+    reason = native.unavailable()
+    if reason:
+        warnings.warn(f"the scan runs in plain torch, many times slower: {reason}", stacklevel=2)
+    return reason is None
 
 
 def check_scan(

@@ -85,7 +85,7 @@ def test_single_faults(config_file, override, said):
 def test_a_run_keeps_what_its_numbers_depend_on(config_file, tmp_path):
     config = load_config(config_file, [])
     run = Path(config.run.dir)
-    run.mkdir()
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
     dump_config(config, run / "config.yaml")
     assert load_dumped(run / "config.yaml") == config
     load_config(config_file, ["parallel.sp=1", "launch.workers=2", "train.steps=9"])

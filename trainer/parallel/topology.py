@@ -117,7 +117,9 @@ class Topology:
         # Every rank makes every group, in the same order: a rule of torch.distributed.
         rows = [list(range(r * sp_size, (r + 1) * sp_size)) for r in range(self.dp_size)]
         row_groups = [dist.new_group(ranks, timeout=timeout) for ranks in rows]
-        self._alone = [dist.new_group([r], timeout=timeout) for r in range(self.world_size)]
+        self._alone: Any = dist.new_group(
+            [self.rank], timeout=timeout, use_local_synchronization=True
+        )
         self.world_group: Any = dist.new_group(list(range(self.world_size)), timeout=timeout)
         self.sequence = SequenceGroup(self.sp_rank, rows[self.dp_rank], row_groups[self.dp_rank])
 
@@ -143,7 +145,7 @@ class Topology:
         return 0
 
     def get_model_parallel_group(self) -> Any:
-        return self._alone[self.rank]
+        return self._alone
 
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -189,6 +191,7 @@ def initialize_distributed(timeout_seconds: float) -> torch.device:
     if cuda:  # a launcher may show a worker all GPUs of the machine, or its own alone
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if cuda else "gloo"

@@ -27,7 +27,9 @@ def two_level_scan(
     Every rank must call it. Raises ValueError as `scan` does.
     """
     h0 = check_scan(recurrence, inputs, h0, reset)
-    return _TwoLevelScan.apply(recurrence, choose_backend(backend), group, reset, h0, *inputs)
+    return _TwoLevelScan.apply(
+        recurrence, choose_backend(backend, inputs), group, reset, h0, *inputs
+    )
 
 
 class _TwoLevelScan(torch.autograd.Function):
