@@ -1,8 +1,6 @@
 """A run's figures: metrics.jsonl in full precision, and the same to TensorBoard."""
 
 import json
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +81,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if text.endswith("\n"):
             lines.append(json.loads(text))
     return lines
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory so far: of the GPU's allocator, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_flops(device: torch.device) -> float | None:

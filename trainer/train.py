@@ -29,9 +29,9 @@ from trainer.data import (
 from trainer.engine import Engine, versions
 from trainer.evaluate import Evaluation, bits_per_byte, evaluate, ngram_losses
 from trainer.loss import summed_cross_entropy
+from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.metrics import (
     MetricsWriter,
-    peak_memory_bytes,
     step_metrics,
     truncate_after,
 )
@@ -53,6 +53,7 @@ def train(config: Config, report: Report) -> None:
     Every rank of the world calls this. Raises ValueError for what a user got wrong, DataError for
     damaged data, RunError where training itself fails; the last checkpoint stays good.
     """
+    keep_freed_memory()
     device = initialize_distributed(config.parallel.timeout_seconds)
     topology = Topology(config.parallel.sp, config.parallel.timeout_seconds)
     run = _open_run_folder(config, topology)

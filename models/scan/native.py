@@ -22,9 +22,16 @@ from models.scan.recurrence import Inputs, MinLSTM, Recurrence, Span, state_dtyp
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # -ffast-math is not among them: it would change denormals for the whole process.
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
 
@@ -32,7 +39,7 @@ FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
 class _Arguments(ctypes.Structure):
     """native.cpp's struct of the same name."""
 
-    _fields_ = [  # noqa: RUF012, the way of ctypes
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "steps", "width")),
         *(
             (name, ctypes.c_void_p)
