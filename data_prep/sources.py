@@ -160,7 +160,8 @@ def _line_start(f: IO[bytes], target: int, end: int, any_line: bool = True) -> i
         position += len(chunk)
         if not any_line and position - target >= PIECE_BYTES:
             f.seek(target)
-            skip = next(i for i, byte in enumerate(f.read(8)) if byte & 0xC0 != 0x80)
+            # where there is no character either, the reader of the piece says so
+            skip = next((i for i, byte in enumerate(f.read(8)) if byte & 0xC0 != 0x80), 0)
             return min(end, target + skip)
     return end
 
@@ -217,6 +218,13 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[Text]:
                 f"{path}:{_line_number(path, at)}: field {field!r} is not a text "
                 f"but {type(value[field]).__name__}"
             )
+        try:
+            value[field].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path}:{_line_number(path, at)}: field {field!r} is not Unicode text "
+                f"({error.reason})"
+            ) from None
         yield Text(f"{piece.document}:{at}", True, value[field])
 
 

@@ -60,7 +60,8 @@ class JsonTokenizer:
                 f"give 'bytes' or a Hugging Face tokenizers JSON file"
             ) from None
         self.name = path.name
-        self.vocab_size = self._backend.get_vocab_size()
+        # ids may have gaps: what counts is the largest, not how many there are
+        self.vocab_size = max(self._backend.get_vocab().values(), default=-1) + 1
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> NDArray[np.uint32]:

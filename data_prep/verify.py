@@ -35,6 +35,8 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
         if damaged:
             faults += damaged
             continue
+        if told.blocks == 0:
+            continue
         blocks = LocalDataset(local=str(folder), split=split)
         if len(blocks) != told.blocks:
             faults.append(f"{root} holds {len(blocks)} blocks, dataset.json says {told.blocks}")

@@ -62,7 +62,10 @@ def prepare(
         raise ValueError(f"--block-size {settings.block_size} is not positive")
     tokenizer = load_tokenizer(settings.tokenizer)
     pieces = plan(sources, settings.field, settings.held_out)
-    keys = [_piece_key(piece, tokenizer.fingerprint, settings) for piece in pieces]
+    keys = [
+        f"{i:06}-{_piece_key(piece, tokenizer.fingerprint, settings)}"
+        for i, piece in enumerate(pieces)
+    ]
     fingerprint = hashlib.sha256(json.dumps([asdict(settings), *keys]).encode()).hexdigest()
     if out.exists():
         return _existing(out, fingerprint)
@@ -261,7 +264,8 @@ def _blocks(
         starts = np.concatenate([rest_starts, new_starts + len(rest)])
         whole = len(tokens) // size * size
         for begin in range(0, whole, size):
-            inside = starts[(starts >= begin) & (starts < begin + size)] - begin
+            first, last = np.searchsorted(starts, [begin, begin + size])
+            inside = starts[first:last] - begin
             yield tokens[begin : begin + size], inside.astype("<u4").tobytes()
         rest, rest_starts = tokens[whole:], starts[starts >= whole] - whole
     if len(rest):

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         if args.verb == "train":
             return _train(args.config, args.overrides)
         return _generate(args)
-    except (ValueError, LaunchError) as error:
+    except (ValueError, LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

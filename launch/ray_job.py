@@ -63,7 +63,11 @@ def run_job(
     try:
         failures = 0
         while True:
-            outcomes, finished = _run_gang(config, on_event, should_stop)
+            try:
+                outcomes, finished = _run_gang(config, on_event, should_stop)
+            except ray.exceptions.RayError as error:  # lost before or beside its run
+                lost_early = f"a worker was lost ({type(error).__name__})"
+                outcomes, finished = [Outcome(0, "lost", lost_early)], False
             faults = [o for o in outcomes if o.kind == "fault"]
             if faults:
                 raise LaunchError(_shared_message(faults))

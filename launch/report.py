@@ -20,7 +20,7 @@ def write_report(run: Path) -> str:
     config = load_dumped(run / "config.yaml")
     metrics = read_lines(run / "metrics.jsonl")
     evaluations = _lines(run / "evaluations.jsonl")
-    result = _result(run)
+    result = _result(run, metrics[-1]["step"])
     sample = _sample(run, config)
     (run / "samples.txt").write_text(f"{sample[0]}\n>>> continued by the model:\n{sample[1]}\n")
     _plot(run / "loss.png", metrics, evaluations, result)
@@ -38,9 +38,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return read_lines(path) if path.exists() else []
 
 
-def _result(run: Path) -> dict[str, Any] | None:
+def _result(run: Path, step: int) -> dict[str, Any] | None:
+    """The final evaluation, if it is of this step."""
     path = run / "evaluation.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result and result["step"] == step else None
 
 
 def _commands(run: Path) -> list[str]:

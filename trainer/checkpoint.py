@@ -56,7 +56,8 @@ def save(
     topology.gather_objects(None)
     write(partial)
     topology.gather_objects(None)
-    files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    found = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    files = topology.gather_objects(found)[0]  # storage may show each worker another listing
     mine = {name: _seal(partial / name) for name in files[topology.rank :: topology.world_size]}
     shares = topology.gather_objects(mine)
     if topology.rank == 0:
@@ -65,7 +66,8 @@ def save(
             json.dump(asdict(manifest), f, indent=1)
             f.flush()
             os.fsync(f.fileno())
-        sync_folder(partial)
+        for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+            sync_folder(folder)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.schema import SPLITS, file_faults, load_info
+from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
 from models.config import ModelConfig
 
 
@@ -165,8 +165,12 @@ def load_dumped(path: Path) -> Config:
     """The configuration of a run's folder. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {path.parent} is not the folder of a run")
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-    config = OmegaConf.to_object(merged)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a configuration of this version: {reason}") from None
     assert isinstance(config, Config)
     return config
 
@@ -216,7 +220,10 @@ def _merge(path: Path, overrides: list[str]) -> tuple[Config, dict[str, str], li
                 faults.append(f"{place}: this is a section, with keys of its own below it")
         else:
             faults.append(f"{place}: unknown key; the nearest known one is {_nearest(key, known)}")
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation of what is not there
+        raise ConfigError(str(path), [*faults, str(error).splitlines()[0]]) from None
     assert isinstance(config, Config)
     return config, places, faults
 
@@ -286,11 +293,11 @@ def _number_faults(config: Config) -> Iterator[tuple[str, str]]:
     positive = (
         "parallel.sp parallel.timeout_seconds train.steps train.seq_len train.batch_size "
         "train.micro_batch_size train.loss_tile_tokens optim.learning_rate optim.eps "
-        "checkpoint.every checkpoint.keep launch.workers"
+        "checkpoint.every checkpoint.keep launch.workers launch.cpus_per_worker"
     )
     not_negative = (
         "optim.final_ratio optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 "
-        "optim.clip evaluate.every evaluate.sequences launch.cpus_per_worker "
+        "optim.clip evaluate.every evaluate.sequences "
         "launch.gpus_per_worker launch.max_failures run.seed deepspeed.persistence_threshold"
     )
     for key in positive.split():
@@ -351,6 +358,12 @@ def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
     for split in SPLITS:
         for fault in file_faults(data.path, split):
             yield "data.path", fault
+    yield from info_faults(config, info)
+
+
+def info_faults(config: Config, info: DatasetInfo) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) where the run does not fit the data; workers ask it for a URL's."""
+    data = config.data
     if info.vocab_size > config.model.vocab_size:
         yield (
             "model.vocab_size",

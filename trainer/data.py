@@ -11,7 +11,7 @@ on seed and epoch alone, so a position in it, (epoch, sequences consumed), survi
 dp and sp.
 """
 
-import shutil
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -220,13 +220,17 @@ def _fetch_info(remote: str, cache: Path) -> DatasetInfo:
     with FileLock(cache / "lock"):
         if not (cache / INFO_NAME).exists():
             downloader = CloudDownloader.get(remote)
-            partial = cache / "partial.json"
-            for name in (TOKENIZER_NAME, INFO_NAME):  # the info last: it says the rest is there
+
+            def fetch(name: str) -> Path:
+                partial = cache / f"{name}.partial"
                 try:
                     downloader.download(f"{remote}/{name}", str(partial), 300)
                 except Exception as error:  # each cloud's client has errors of its own
-                    if name == TOKENIZER_NAME:
-                        continue  # a dataset of bytes has none
                     raise DataError(f"{remote}/{name} cannot be fetched: {error}") from error
-                shutil.move(partial, cache / name)
+                return partial
+
+            info = fetch(INFO_NAME)
+            if json.loads(info.read_text())["tokenizer"] != "bytes":
+                fetch(TOKENIZER_NAME).replace(cache / TOKENIZER_NAME)
+            info.replace(cache / INFO_NAME)  # last: it says that the rest is there
     return load_info(cache)

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import platform
 import shutil
 from functools import cache
@@ -36,8 +35,6 @@ def _deepspeed() -> Any:
     Its CPU backend compiles a shared-memory all-reduce at first use (35 s, and a race between
     workers) that only its inference engine calls.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

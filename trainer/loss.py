@@ -56,4 +56,5 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_weight = (grad_weight * grad).to(grad_hidden.dtype)
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight, None, None
+        # a zero-dimensional fp32 factor: multiplied in fp32, rounded once
+        return grad_hidden * grad, grad_weight, None, None

@@ -9,7 +9,7 @@ from trainer.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; never on gates, norms, biases and embeddings."""
+    """AdamW; weight decay on matrices only, never on recurrence gates, norms or embeddings."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import TOKENIZER_NAME
+from models.flops import parameters
 from models.lm import LanguageModel
 from trainer import checkpoint
-from trainer.config import Config, dump_config
+from trainer.config import Config, dump_config, info_faults
 from trainer.data import (
+    DataError,
     MicroBatch,
     Position,
     SequenceReader,
@@ -54,14 +56,16 @@ def train(config: Config, report: Report) -> None:
     damaged data, RunError where training itself fails; the last checkpoint stays good.
     """
     keep_freed_memory()
-    device = initialize_distributed(config.parallel.timeout_seconds)
+    use_gpu = config.launch.gpus_per_worker > 0
+    device = initialize_distributed(config.parallel.timeout_seconds, use_gpu)
     topology = Topology(config.parallel.sp, config.parallel.timeout_seconds)
-    run = _open_run_folder(config, topology)
-    stream = TokenStream(config.data, "train")
+    stream = topology.together(partial(_open_stream, config, "train"))
     reader = _reader(stream, config, topology)
     held_out = None
     if config.evaluate.sequences:
-        held_out = _reader(TokenStream(config.data, "held_out"), config, topology)
+        held_stream = topology.together(partial(_open_stream, config, "held_out"))
+        held_out = _reader(held_stream, config, topology)
+    run = _open_run_folder(config, topology, stream)
 
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
@@ -74,7 +78,7 @@ def train(config: Config, report: Report) -> None:
         step, consumed = found[1].step, found[1].sequences_consumed
         _check_resume(found[1], stream, config)
     if topology.rank == 0:
-        _describe_start(report, config, model, step)
+        _describe_start(report, config, step)
 
     writer = MetricsWriter(run, step) if topology.rank == 0 else None
     if topology.rank == 0:
@@ -88,7 +92,7 @@ def train(config: Config, report: Report) -> None:
     stop = asked_to_stop = False
     while step < last_step and not stop:
         started = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = _next_step(batches, device, topology)
         data_seconds = time.perf_counter() - started
         topology.sequence.meter.take()
         loss_sum = _accumulate(engine, micro_batches, config, device)
@@ -127,7 +131,7 @@ def train(config: Config, report: Report) -> None:
             evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
     if writer:
         writer.close()
-    if step == config.train.steps and not _has_result(run, step):
+    if step == config.train.steps and not topology.gather_objects(_has_result(run, step))[0]:
         if held_out and evaluated is None:
             evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
         if held_out and evaluated and topology.rank == 0:
@@ -137,27 +141,54 @@ def train(config: Config, report: Report) -> None:
     engine.destroy()
 
 
-def _open_run_folder(config: Config, topology: Topology) -> Path:
+def _open_stream(config: Config, split: str) -> TokenStream:
+    """A split of the data, checked here too: the submitting machine may not have seen it."""
+    stream = TokenStream(config.data, split)
+    if faults := [f"{key}: {message}" for key, message in info_faults(config, stream.info)]:
+        raise ValueError("\n".join(faults))
+    return stream
+
+
+def _next_step(
+    batches: Iterator[list[MicroBatch]], device: torch.device, topology: Topology
+) -> list[MicroBatch]:
+    """This rank's micro-batches; all workers raise the same DataError where one cannot read."""
+    batch, fault = None, None
+    try:
+        batch = next(batches)
+    except DataError as error:
+        fault = str(error)
+    failed = torch.tensor([int(batch is None)], device=device)
+    if topology.gather(failed).any():
+        faults = sorted({f for f in topology.gather_objects(fault) if f})
+        raise DataError("\n".join(faults))
+    assert batch is not None
+    return batch
+
+
+def _open_run_folder(config: Config, topology: Topology, stream: TokenStream) -> Path:
     """Make the folder and what a reader of the run needs besides its checkpoints."""
     run = Path(config.run.dir)
-    fault = None
-    if topology.rank == 0:
+
+    def write() -> None:
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             dump_config(config, run / "config.yaml")
-            tokenizer = Path(config.data.cache or config.data.path) / TOKENIZER_NAME
-            if tokenizer.exists():
-                shutil.copyfile(tokenizer, run / TOKENIZER_NAME)
+            if stream.info.tokenizer != "bytes":
+                shutil.copyfile(stream.folder / TOKENIZER_NAME, run / TOKENIZER_NAME)
         except OSError as error:
-            fault = f"run.dir {run} cannot be written: {error.strerror}: {error.filename}"
-    fault = topology.gather_objects(fault)[0]
-    if fault:
-        raise ValueError(fault)
-    if not run.is_dir():
-        raise ValueError(
-            f"run.dir {run} is not visible to worker {topology.rank}: "
-            f"use a folder that all workers share"
-        )
+            reason = f"{error.strerror}: {error.filename}"
+            raise ValueError(f"run.dir {run} cannot be written: {reason}") from None
+
+    def check() -> None:
+        if not run.is_dir():
+            raise ValueError(
+                f"run.dir {run} is not visible to worker {topology.rank}: "
+                f"use a folder that all workers share"
+            )
+
+    topology.together(write if topology.rank == 0 else lambda: None)
+    topology.together(check)
     return run
 
 
@@ -311,13 +342,13 @@ def _write_result(
     partial_path.replace(run / "evaluation.json")
 
 
-def _describe_start(report: Report, config: Config, model: LanguageModel, step: int) -> None:
+def _describe_start(report: Report, config: Config, step: int) -> None:
     report(
         {
             "event": "start",
             "step": step,
             "steps": config.train.steps,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameters(config.model),
             "workers": config.launch.workers,
             "dp": config.dp,
             "sp": config.parallel.sp,

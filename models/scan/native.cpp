@@ -57,7 +57,9 @@ inline float exp_minus(float x) {
   std::memcpy(&scale, &scale_bits, 4);
   return p * scale;
 }
-inline double exp_minus(double x) { return std::exp(-x); }
+inline double exp_minus(double x) {  // clamped so that no sum or product of two overflows
+  return std::exp(-(x < -300.0 ? -300.0 : (x > 300.0 ? 300.0 : x)));
+}
 
 template <class S>
 struct Gates {  // of one channel at one step

@@ -70,7 +70,7 @@ def unavailable() -> str | None:
     """Why the library cannot be used on this machine; None when it can. Builds it if need be."""
     try:
         _library()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no compiler, or no home for its cache
         return str(error)
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, train_here
 from trainer import checkpoint
-from trainer.config import ConfigError, load_config
-from trainer.data import DataError
+from trainer.config import ConfigError, DataConfig, load_config
+from trainer.data import DataError, SequenceOrder, TokenStream
 from trainer.train import RunError
 
 
@@ -47,16 +48,21 @@ def _flip_then_train(config_file: Path, own_data: Path) -> str:
 
 
 def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
-    """The size is right, the content is not: every shard is hit, so every rank meets it."""
-    for shard in (own_data / "train").glob("*.mds"):
-        data = bytearray(shard.read_bytes())
-        for i in range(2000, len(data), 50):
-            data[i] ^= 1
-        shard.write_bytes(data)
-    for message in run_distributed(_flip_then_train, 2, config_file, own_data):
-        assert "data shard" in message
-        assert ".mds, block" in message
-        assert "data_prep verify" in message
+    """Sizes are right, one bit is not: one rank meets it, and all end with its message."""
+    stream = TokenStream(DataConfig(path=str(own_data)), "train")
+    sequence = SequenceOrder((stream.token_count - 1) // 192, 0)[0]
+    shard_index, block = stream._spanner[(sequence * 192 + 150) // stream.info.block_size]
+    shard = own_data / "train" / stream._shards[shard_index].raw_data.basename
+    data = bytearray(shard.read_bytes())
+    end = int.from_bytes(data[8 + 4 * block : 12 + 4 * block], "little")
+    data[end - 3] ^= 1
+    shard.write_bytes(data)
+    started = time.monotonic()
+    messages = run_distributed(_flip_then_train, 2, config_file, own_data)
+    assert time.monotonic() - started < 60
+    assert messages[0] == messages[1]
+    assert f"data shard {shard}, block {block}: its checksum is wrong" in messages[0]
+    assert "data_prep verify" in messages[0]
 
 
 def test_index_that_leaves_its_folder_is_refused(config_file, own_data):

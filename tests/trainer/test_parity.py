@@ -58,8 +58,8 @@ def _planted(config_file: Path, stage: int) -> Figures:
     accumulate = train_module._accumulate
 
     def wrong_by_sp(engine, micro_batches, config, device):
-        backward = engine.backward
-        engine.backward = lambda loss: backward(loss * config.parallel.sp)
+        right = type(engine).backward
+        engine.backward = lambda loss: right(engine, loss * config.parallel.sp)
         return accumulate(engine, micro_batches, config, device)
 
     train_module._accumulate = wrong_by_sp

@@ -6,13 +6,16 @@ stays inside a machine where it can.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,14 +52,6 @@ class SequenceGroup:
     @property
     def size(self) -> int:
         return len(self.ranks)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.rank == self.size - 1
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [...] of every rank as [P, ...], in rank order."""
@@ -135,6 +130,20 @@ class Topology:
         dist.all_gather_object(values, value, group=self.world_group)
         return values
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every worker; if it fails on any, the same ValueError is raised on all.
+
+        Without it one worker raises while the others wait for it in their next collective.
+        """
+        value, fault = None, None
+        try:
+            value = action()
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        if faults := sorted({f for f in self.gather_objects(fault) if f}):
+            raise ValueError("\n".join(faults))
+        return cast(T, value)
+
     # The names below are DeepSpeed's. Sizes and ranks of "data parallel" count dp alone, which its
     # batch arithmetic wants; the group is all workers, or ZeRO-3 would never sum over a sequence.
 
@@ -179,22 +188,30 @@ class Topology:
         return self.world_group
 
 
-def initialize_distributed(timeout_seconds: float) -> torch.device:
-    """Join the process group (NCCL with a GPU, gloo without) and return this rank's device.
+def initialize_distributed(timeout_seconds: float, use_gpu: bool = False) -> torch.device:
+    """Join the process group (NCCL with GPUs, gloo without) and return this rank's device.
 
     Reads the usual RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is
     a run of one process. A group that the launcher has already joined is kept.
+    Raises ValueError where GPUs are asked for and there are too few.
     """
-    cuda = torch.cuda.is_available()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
     device = torch.device("cpu")
-    if cuda:  # a launcher may show a worker all GPUs of the machine, or its own alone
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    else:  # a launcher may show a worker all GPUs of the machine, or its own alone
+        visible = torch.cuda.device_count()
+        if visible == 0 or (1 < visible <= local_rank):
+            raise ValueError(
+                f"launch.gpus_per_worker asks for GPUs, but worker {local_rank} of this machine "
+                f"finds {visible}: start fewer workers on it, or set launch.gpus_per_worker 0"
+            )
+        device = torch.device("cuda", local_rank if visible > 1 else 0)
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        backend = "nccl" if cuda else "gloo"
+        backend = "nccl" if use_gpu else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

@@ -91,16 +91,17 @@ def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
         assert error < tolerance
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["mingru", "minlstm", "minlstm-unnormalized"])
-def test_saturated_gates_stay_finite(name):
+def test_saturated_gates_stay_finite(name, dtype, backend):
     """Preactivations far beyond exp's range: no 0/0, no inf - inf, in values or gradients."""
     recurrence = RECURRENCES[name]
     inputs = tuple(
-        (x.detach() * 1000).requires_grad_()
-        for x in make_inputs(recurrence, 1, 64, 8, torch.float32)
+        (x.detach() * 1000).requires_grad_() for x in make_inputs(recurrence, 1, 64, 8, dtype)
     )
-    h0 = torch.zeros(1, 8, requires_grad=True)
-    for x in outputs_and_gradients(recurrence, inputs, h0, None, "chunked"):
+    h0 = torch.zeros(1, 8, dtype=dtype, requires_grad=True)
+    for x in outputs_and_gradients(recurrence, inputs, h0, None, backend):
         assert x.isfinite().all()
 
 
