@@ -54,7 +54,10 @@ def small(command: str) -> str:
 
 
 def test_every_command_is_known():
-    """A command that no test below runs must not stand in the README."""
+    """A command that no test runs must not stand in the README.
+
+    The job is submitted in tests/launch/test_launch.py, the others below.
+    """
     known = ("make train", "make test", "python -m ", "torchrun ", "ray job submit ", "tensorboard")
     found = commands()
     assert len(found) >= 8

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from tests.distributed import free_port
+from tests.test_readme import job_command
 from tests.trainer.runs import figures
 from tests.trainer.runs import run as run_ranks
 from trainer.metrics import read_lines
@@ -188,20 +190,22 @@ def head(tmp_path):
         _wait_for(
             lambda: subprocess.run(listing, env=environment, capture_output=True).returncode == 0
         )
-        yield ray, environment
+        yield environment
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
-def test_job_submitted_from_outside(head, config_file):
-    """`ray job submit` trains on the cluster; a relative run folder is refused, not lost."""
-    ray, environment = head
-    submit = [ray, "job", "submit", "--working-dir", ".", "--"]
-    train = ["python", "-m", "launch", "train", str(config_file)]
-    options = ["launch.workers=2", "parallel.sp=2"]
+def test_job_submitted_from_outside(head, config_file, dataset):
+    """The command of the README trains on the cluster; a relative run folder is refused."""
+    environment = head
+    run = config_file.parent / "run"
+    written = job_command().replace("configs/demo.yaml", str(config_file))
+    written = written.replace("/shared/runs/demo", str(run))
+    command = [*shlex.split(written.replace("/shared/data/stdlib", str(dataset)))]
+    command += ["launch.workers=2", "parallel.sp=2"]
     done = subprocess.run(
-        [*submit, *train, *options],
+        command,
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -209,12 +213,11 @@ def test_job_submitted_from_outside(head, config_file):
         timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    run = config_file.parent / "run"
     assert len(_steps(run)) == 5
     assert json.loads((run / "evaluation.json").read_text())["step"] == 5
 
     refused = subprocess.run(
-        [*submit, *train, *options, "run.dir=runs/here"],
+        [*command, "run.dir=runs/here"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
