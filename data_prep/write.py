@@ -32,6 +32,7 @@ from data_prep.schema import (
     block_checksum,
     file_sha256,
     load_info,
+    sync_to_disk,
 )
 from data_prep.sources import Piece, plan, read
 from data_prep.tokenizer import load_tokenizer
@@ -99,9 +100,9 @@ def prepare(
         shutil.rmtree(partial / "parts")
         (partial / "lock").unlink()
         for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
+            sync_to_disk(path)
         partial.rename(out)
-        _fsync(out.parent)
+        sync_to_disk(out.parent)
     return info
 
 
@@ -285,11 +286,3 @@ def _check_not_empty(info: DatasetInfo, settings: Settings, sources: list[str]) 
             f"the {empty} split is empty: {info.splits[SPLITS[0]].documents} documents are too few "
             f"for --held-out {settings.held_out}; change it, or use 0 to hold nothing out"
         )
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

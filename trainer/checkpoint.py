@@ -5,15 +5,14 @@ manifest and renames the folder. A worker killed at any moment leaves the last c
 DeepSpeed's `latest` file is not used: it is written before the checkpoint is complete.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import file_sha256, sync_to_disk
 from trainer.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
@@ -50,31 +49,36 @@ def save(
     """
     final = checkpoint_folder(run, manifest.step)
     partial = final.with_suffix(".tmp")
-    if topology.rank == 0:
+
+    def start() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    topology.gather_objects(None)
-    write(partial)
-    topology.gather_objects(None)
-    found = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-    files = topology.gather_objects(found)[0]  # storage may show each worker another listing
-    mine = {name: _seal(partial / name) for name in files[topology.rank :: topology.world_size]}
-    shares = topology.gather_objects(mine)
-    if topology.rank == 0:
-        manifest.files = {name: share[name] for share in shares for name in sorted(share)}
+
+    def commit() -> None:
         with (partial / MANIFEST).open("w") as f:
             json.dump(asdict(manifest), f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        sync_to_disk(partial / MANIFEST)
         for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-            sync_folder(folder)
+            sync_to_disk(folder)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        sync_folder(final.parent)
+        sync_to_disk(final.parent)
         for old in _steps(run)[keep:]:
             shutil.rmtree(old)
-    topology.gather_objects(None)
+
+    def on_first(action: Callable[[], None]) -> None:
+        topology.together(action if topology.rank == 0 else lambda: None)
+
+    on_first(start)
+    topology.together(lambda: write(partial))
+    found = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    files = topology.gather_objects(found)[0]  # storage may show each worker another listing
+    mine = files[topology.rank :: topology.world_size]
+    sealed = topology.together(lambda: {name: _seal(partial / name) for name in mine})
+    shares = topology.gather_objects(sealed)
+    manifest.files = {name: share[name] for share in shares for name in sorted(share)}
+    on_first(commit)
     return final
 
 
@@ -130,7 +134,7 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
             faults.append(f"{path} is missing")
         elif (size := path.stat().st_size) != told["bytes"]:
             faults.append(f"{path} has {size} bytes instead of {told['bytes']}")
-        elif _sha256(path) != told["sha256"]:
+        elif file_sha256(path) != told["sha256"]:
             faults.append(f"{path} does not have the sha256 of its manifest")
     return faults
 
@@ -152,23 +156,5 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
 
 def _seal(path: Path) -> dict[str, Any]:
     """Size and digest of a file, which is on disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_to_disk(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
