@@ -1,81 +1,154 @@
 // The scan on a CPU, at the speed of memory: time is the outer loop, a block of channels the inner
 // one, their states stay in L1, and gates are computed on the way. Every input is read once and
 // every output written once. Plain C++ behind a C interface (native.py loads it), so that it builds
-// in seconds without torch's headers.
+// in seconds without torch's headers. Vectors are GCC's vector types of 64 bytes, whatever the
+// processor has: a compiler that does not know a new processor would choose narrower ones.
 //
 // A recurrence turns `PARTS` preactivations per channel into a, b of h = a * h + b and, given the
 // gradient q of h and the previous state, into the gradients of its preactivations. Everything else
-// is the same for all of them. SCAN: README.md beside this file has the mathematics.
+// is the same for all of them. README.md beside this file has the mathematics.
 
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int64_t BLOCK = 512;  // channels at a time: the states of a block fit L1 many times
+constexpr int64_t BLOCK = 512;      // channels at a time: their states fit L1 many times
+constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's own stream
+constexpr int64_t PAGE = 4096;      // bytes of a row that a thread wants for itself: see `run`
+constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
+constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
+
+template <class S>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(64)));
+};
+template <class S>
+using Vec = typename VectorOf<S>::type;
+template <class S>
+constexpr int64_t LANES = 64 / sizeof(S);
 
 struct bf16 {
   uint16_t bits;
 };
+typedef uint16_t Half __attribute__((vector_size(32)));
+typedef uint32_t Word __attribute__((vector_size(64)));
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
-  uint32_t wide = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &wide, 4);
-  return y;
+inline Vec<float> load(const float* p) {
+  Vec<float> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
 }
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(bf16* p, float x) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t wide;
-  std::memcpy(&wide, &x, 4);
-  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  p->bits = uint16_t(x != x ? (wide >> 16) | 0x40 : rounded);
+inline Vec<double> load(const double* p) {
+  Vec<double> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Vec<float> load(const bf16* p) {
+  Half narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+#ifdef __AVX512F__
+  const Word wide = (Word)_mm512_cvtepu16_epi32((__m256i)narrow);
+#else
+  const Word wide = __builtin_convertvector(narrow, Word);
+#endif
+  return (Vec<float>)(wide << 16);
+}
+template <class S>
+inline void store(S* p, Vec<S> x) {
+  std::memcpy(p, &x, sizeof x);
+}
+inline void store(bf16* p, Vec<float> x) {  // to nearest, ties to even; NaN stays NaN
+#ifdef __AVX512BF16__
+  const __m256bh narrow = _mm512_cvtneps_pbh(x);
+#else
+  Word wide = (Word)x;
+  Word rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  const Half narrow = __builtin_convertvector(x == x ? rounded : (wide >> 16) | 0x40, Half);
+#endif
+  std::memcpy(p, &narrow, sizeof narrow);
 }
 
-// exp(-x) for x in [-80, 80], clamped outside: two units in the last place, no branch, no table, so
-// that it vectorises. 2^n * exp(r), |r| <= ln 2 / 2, with the Taylor polynomial of degree 6.
-inline float exp_minus(float x) {
-  x = x < -80.0f ? -80.0f : (x > 80.0f ? 80.0f : x);
-  float shifted = -x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  float n = shifted - 12582912.0f;
-  float r = (-x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
+// The same for `count` channels, fewer than the lanes at the end of a width that they do not divide.
+template <class T>
+inline auto load(const T* p, int64_t count) {
+  constexpr int64_t lanes = LANES<std::conditional_t<sizeof(T) == 8, double, float>>;
+  if (count == lanes) return load(p);
+  T padded[lanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+template <class T, class V>
+inline void store(T* p, V x, int64_t count) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(x[0]);
+  if (count == lanes) return store(p, x);
+  T padded[lanes];
+  store(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+inline Vec<float> clamp(Vec<float> x, float bound) {  // NaN stays NaN
+#ifdef __AVX512F__  // one instruction each, where GCC 12 makes two of a choice
+  return _mm512_min_ps(_mm512_set1_ps(bound), _mm512_max_ps(_mm512_set1_ps(-bound), x));
+#else
+  x = x < -bound ? Vec<float>{} - bound : x;
+  return x > bound ? Vec<float>{} + bound : x;
+#endif
+}
+
+// exp(-x), x clamped to [-40, 40]: beyond it a sigmoid is 0 or 1 in fp32, and a product of two such
+// values stays finite, so that two gates share a division. 2^n * exp(r), |r| <= ln 2 / 2, with the
+// Taylor polynomial of degree 6: two units in the last place.
+inline Vec<float> exp_minus(Vec<float> x) {
+  x = clamp(x, 40.0f);
+  Vec<float> shifted = x * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  Vec<float> n = shifted - 12582912.0f;
+  Vec<float> r = n * 0.693359375f + x;  // minus r
+  r = r - n * 2.12194440e-4f;
+  Vec<float> p = r * (1.0f / 720.0f) - 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
+  p = p * r - 1.0f / 6.0f;
   p = p * r + 0.5f;
+  p = p * r - 1.0f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  int32_t scale_bits = int32_t(uint32_t(bits) << 23) + (127 << 23);
-  float scale;
-  std::memcpy(&scale, &scale_bits, 4);
-  return p * scale;
+  return (Vec<float>)((Word)p + ((Word)shifted << 23));  // adds n to the exponent
 }
-inline double exp_minus(double x) {  // clamped so that no sum or product of two overflows
-  return std::exp(-(x < -300.0 ? -300.0 : (x > 300.0 ? 300.0 : x)));
+inline Vec<double> exp_minus(Vec<double> x) {  // clamped so that no sum or product of two overflows
+  for (int i = 0; i < LANES<double>; ++i)
+    x[i] = std::exp(-(x[i] < -300.0 ? -300.0 : (x[i] > 300.0 ? 300.0 : x[i])));
+  return x;
 }
 
-template <class S>
-struct Gates {  // of one channel at one step
-  S a, b;       // h = a * h + b
+// g(v) = v + 0.5 above zero, s = sigmoid(v) below, and its derivative.
+template <class V>
+inline V candidate(V v, V s) {
+  return v >= 0 ? v + (V{} + 1) / 2 : s;
+}
+template <class V>
+inline V slope(V v, V s) {
+  return v >= 0 ? V{} + 1 : s * (1 - s);
+}
+
+template <class V>
+struct Gates {
+  V a, b;  // h = a * h + b
 };
-
-// g(v) = v + 0.5 above zero, sigmoid(v) below, and its derivative.
-template <class S>
-inline S candidate(S v) {
-  S s = S(1) / (S(1) + exp_minus(v));
-  return v >= S(0) ? v + S(0.5) : s;
-}
-template <class S>
-inline S slope(S v, S g) {
-  return v >= S(0) ? S(1) : g * (S(1) - g);
-}
 
 struct Linear {
   static constexpr int PARTS = 1;
@@ -83,25 +156,27 @@ struct Linear {
 
 struct MinGRU {
   static constexpr int PARTS = 2;
-  template <class S>
-  static inline S decay(S k, S, S) {
-    S e = exp_minus(k);
-    return e / (S(1) + e);
+  template <class V>
+  static inline V decay(V k, V) {
+    V ek = exp_minus(k);
+    return ek / (1 + ek);
   }
-  template <class S>
-  static inline Gates<S> gates(S k, S v, S) {
-    S e = exp_minus(k);
-    S z = S(1) / (S(1) + e);
-    return {e * z, z * candidate(v)};
+  template <class V>
+  static inline Gates<V> gates(V k, V v, V) {
+    V ek = exp_minus(k), ev = exp_minus(v);
+    V r = 1 / ((1 + ek) * (1 + ev));
+    V z = (1 + ev) * r;
+    return {ek * z, z * candidate(v, (1 + ek) * r)};
   }
   // q: gradient of h. previous: the state before the step, 0 after a reset. Returns a.
-  template <class S>
-  static inline S backward(S q, S previous, S k, S v, S, S* dk, S* dv, S*) {
-    S e = exp_minus(k);
-    S z = S(1) / (S(1) + e);
-    S a = e * z, g = candidate(v);
-    *dk = q * z * a * (g - previous);
-    *dv = q * z * slope(v, g);
+  template <class V>
+  static inline V backward(V q, V previous, V k, V v, V, V* dk, V* dv, V*) {
+    V ek = exp_minus(k), ev = exp_minus(v);
+    V r = 1 / ((1 + ek) * (1 + ev));
+    V z = (1 + ev) * r, s = (1 + ek) * r;
+    V a = ek * z, qz = q * z;
+    *dk = qz * a * (candidate(v, s) - previous);
+    *dv = qz * slope(v, s);
     return a;
   }
 };
@@ -109,39 +184,60 @@ struct MinGRU {
 template <bool NORMALIZE>
 struct MinLSTM {
   static constexpr int PARTS = 3;
-  template <class S>
-  static inline S decay(S f, S i, S) {
-    S ef = exp_minus(f);
-    if (!NORMALIZE) return S(1) / (S(1) + ef);
-    S ei = exp_minus(i);
-    return (S(1) + ei) / (S(2) + ei + ef);
+  // Only f - i matters once both gates are all but closed: keep them within exp_minus's range.
+  template <class V>
+  static inline void lift(V* f, V* i) {
+    if constexpr (!NORMALIZE) return;
+    const auto floor = V{} - (sizeof((*f)[0]) == 4 ? 20 : 100);
+    V larger = *f > *i ? *f : *i;
+    V by = larger < floor ? floor - larger : V{};
+    *f += by;
+    *i += by;
   }
-  template <class S>
-  static inline Gates<S> gates(S f, S i, S v) {
-    S ef = exp_minus(f), ei = exp_minus(i);
-    if (!NORMALIZE) return {S(1) / (S(1) + ef), candidate(v) / (S(1) + ei)};
-    S total = S(1) / (S(2) + ei + ef);
-    return {(S(1) + ei) * total, (S(1) + ef) * total * candidate(v)};
+  template <class V>
+  static inline V decay(V f, V i) {
+    lift(&f, &i);
+    V ef = exp_minus(f);
+    if constexpr (!NORMALIZE) return 1 / (1 + ef);
+    V ei = exp_minus(i);
+    return (1 + ei) / (2 + ei + ef);
   }
-  template <class S>
-  static inline S backward(S q, S previous, S f, S i, S v, S* df, S* di, S* dv) {
-    S ef = exp_minus(f), ei = exp_minus(i), g = candidate(v);
-    S keep_f = S(1) / (S(1) + ef), keep_i = S(1) / (S(1) + ei);
-    S a, w;
-    if (NORMALIZE) {
-      S total = S(1) / (S(2) + ei + ef);
-      a = (S(1) + ei) * total;
-      w = (S(1) + ef) * total;
-      S difference = q * (previous - g) * a * w;
+  template <class V>
+  static inline Gates<V> gates(V f, V i, V v) {
+    lift(&f, &i);
+    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
+    if constexpr (!NORMALIZE)
+      return {1 / (1 + ef), candidate(v, 1 / (1 + ev)) / (1 + ei)};
+    V r = 1 / ((2 + ei + ef) * (1 + ev));
+    V total = (1 + ev) * r;
+    return {(1 + ei) * total, (1 + ef) * total * candidate(v, (2 + ei + ef) * r)};
+  }
+  template <class V>
+  static inline V backward(V q, V previous, V f, V i, V v, V* df, V* di, V* dv) {
+    lift(&f, &i);
+    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
+    V r = 1 / ((1 + ef) * (1 + ei));
+    V keep_f = (1 + ei) * r, keep_i = (1 + ef) * r;
+    V a, w, s, g;
+    if constexpr (NORMALIZE) {
+      V total = 1 / ((2 + ei + ef) * (1 + ev));
+      s = (2 + ei + ef) * total;
+      total *= 1 + ev;
+      a = (1 + ei) * total;
+      w = (1 + ef) * total;
+      g = candidate(v, s);
+      V difference = q * (previous - g) * a * w;
       *df = difference * ef * keep_f;
       *di = -difference * ei * keep_i;
     } else {
       a = keep_f;
       w = keep_i;
+      s = 1 / (1 + ev);
+      g = candidate(v, s);
       *df = q * previous * a * ef * keep_f;
       *di = q * g * w * ei * keep_i;
     }
-    *dv = q * w * slope(v, g);
+    *dv = q * w * slope(v, s);
     return a;
   }
 };
@@ -161,176 +257,233 @@ struct Arguments {
   int32_t threads;
 };
 
-// Run body(row of the batch, first channel, one past the last) over all channels of all rows.
-template <class Body>
-void for_blocks(const Arguments& p, Body body) {
-  int64_t per_row = (p.width + BLOCK - 1) / BLOCK;
-  while (p.batch * per_row < p.threads && p.width / (per_row + 1) >= 16) ++per_row;
-  int64_t block = ((p.width + per_row - 1) / per_row + 15) / 16 * 16;
-  per_row = (p.width + block - 1) / block;
-  int64_t tasks = p.batch * per_row;
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1 && tasks > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    int64_t first = task % per_row * block;
-    body(task / per_row, first, first + block < p.width ? first + block : p.width);
-  }
+
+
+// Steps [begin, end) of channels [first, first + width) of one row of the batch. While it is read,
+// the inputs `ahead` steps further on are fetched: into L1 from the thread's own stream, or, DISTANT,
+// into L2 the tile that the thread reads next.
+template <bool DISTANT>
+struct Tile {
+  int64_t row, begin, end, first, width, ahead;
+
+  static inline void fetch(const void* p) { __builtin_prefetch(p, 0, DISTANT ? 2 : 3); }
+};
+
+// Run body(channel, count of lanes) over n channels, a vector at a time.
+template <class S, class Body>
+inline void for_lanes(int64_t n, Body body) {
+  int64_t c = 0;
+  for (; c + LANES<S> <= n; c += LANES<S>) body(c, std::integral_constant<int64_t, LANES<S>>());
+  if (c < n) body(c, n - c);
 }
 
-template <class R, class T, class S, bool WRITE>
-void run_forward(const Arguments& p) {
-  const int64_t H = p.width, P = R::PARTS;
-  for_blocks(p, [&](int64_t row, int64_t first, int64_t last) {
-    const int64_t n = last - first;
-    const T* x = static_cast<const T*>(p.x) + row * p.steps * P * H + first;
-    const T* y = P == 1 ? static_cast<const T*>(p.y) + row * p.steps * H + first : nullptr;
-    T* out = WRITE ? static_cast<T*>(p.out) + row * p.steps * H + first : nullptr;
-    const uint8_t* reset = p.reset ? p.reset + row * p.steps : nullptr;
-    S h[BLOCK], A[BLOCK];
-    for (int64_t c = 0; c < n; ++c) {
-      h[c] = WRITE ? static_cast<const S*>(p.state_in)[row * H + first + c] : S(0);
-      A[c] = S(1);
-    }
-    for (int64_t t = 0; t < p.steps; ++t, x += P * H) {
-      if (reset && reset[t])
-        for (int64_t c = 0; c < n; ++c) h[c] = A[c] = S(0);
-#pragma GCC ivdep
-      for (int64_t c = 0; c < n; ++c) {
-        S a, b;
-        if constexpr (P == 1) {
-          a = load(x[c]);
-          b = load(y[c]);
-        } else {
-          auto g = R::gates(S(load(x[c])), S(load(x[H + c])), S(load(x[(P - 1) * H + c])));
-          a = g.a;
-          b = g.b;
-        }
-        h[c] = a * h[c] + b;
-        if (WRITE)
-          store(out + c, h[c]);
-        else
-          A[c] *= a;
-      }
-      if (P == 1) y += H;
-      if (WRITE) out += H;
-    }
-    for (int64_t c = 0; c < n; ++c) {
-      static_cast<S*>(p.state)[row * H + first + c] = h[c];
-      if (!WRITE) static_cast<S*>(p.decay)[row * H + first + c] = A[c];
-    }
-  });
-}
-
+// The four kernels over one tile. `state` and `decay` enter as the tile's neighbour left them.
 template <class R, class T, class S>
-void run_summarize_backward(const Arguments& p) {
-  const int64_t H = p.width, P = R::PARTS;
-  for_blocks(p, [&](int64_t row, int64_t first, int64_t last) {
-    const int64_t n = last - first;
-    const T* x = static_cast<const T*>(p.x) + (row + 1) * p.steps * P * H + first;
-    const T* o = static_cast<const T*>(p.grad_h) + (row + 1) * p.steps * H + first;
-    const uint8_t* reset = p.reset ? p.reset + row * p.steps : nullptr;
-    S G[BLOCK], A[BLOCK];
-    for (int64_t c = 0; c < n; ++c) {
-      G[c] = S(0);
-      A[c] = S(1);
+struct Scan {
+  static constexpr int64_t P = R::PARTS;
+  const Arguments& p;
+
+  bool reset(int64_t row, int64_t t) const { return p.reset && p.reset[row * p.steps + t]; }
+
+  // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
+  template <bool WRITE, class Tile>
+  void forward(const Tile& tile, S* state, S* decay) const {
+    const int64_t H = p.width, ahead = tile.ahead * H, start = tile.row * p.steps + tile.begin;
+    const T* x = static_cast<const T*>(p.x) + start * P * H + tile.first;
+    const T* y = static_cast<const T*>(p.y) + (P == 1 ? start * H + tile.first : 0);
+    T* out = static_cast<T*>(p.out) + (WRITE ? start * H + tile.first : 0);
+    for (int64_t t = tile.begin; t < tile.end; ++t, x += P * H, y += H, out += H) {
+      if (reset(tile.row, t))
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * H + P * ahead);
+        Gates<Vec<S>> gates;
+        if constexpr (P == 1) {
+          tile.fetch(y + c + ahead);
+          gates = {load(x + c, count), load(y + c, count)};
+        } else {
+          gates = R::gates(load(x + c, count), load(x + c + H, count),
+                           load(x + c + (P - 1) * H, count));
+        }
+        const Vec<S> h = gates.a * load(state + c) + gates.b;
+        store(state + c, h);
+        if constexpr (WRITE)
+          store(out + c, h, count);
+        else
+          store(decay + c, Vec<S>(gates.a * load(decay + c)));
+      });
     }
-    for (int64_t t = p.steps - 1; t >= 0; --t) {
+  }
+
+  // The maps of the gradient that flows from right to left, composed: G -> decay * G + state.
+  template <class Tile>
+  void summarize_backward(const Tile& tile, S* state, S* decay) const {
+    const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
+    const T* x = static_cast<const T*>(p.x) + end * P * H + tile.first;
+    const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
+    for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
       x -= P * H;
       o -= H;
-      if (reset && reset[t]) {
-        for (int64_t c = 0; c < n; ++c) G[c] = A[c] = S(0);
+      if (reset(tile.row, t)) {
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
         continue;
       }
-#pragma GCC ivdep
-      for (int64_t c = 0; c < n; ++c) {
-        S a;
-        if constexpr (P == 1)
-          a = load(x[c]);
-        else
-          a = R::decay(S(load(x[c])), S(load(x[H + c])), S(0));
-        G[c] = a * (S(load(o[c])) + G[c]);
-        A[c] *= a;
-      }
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        tile.fetch(o + c - ahead);
+        tile.fetch(x + c - P * ahead);
+        if (P == 3) tile.fetch(x + c + H - P * ahead);
+        Vec<S> a = load(x + c, count);
+        if constexpr (P > 1) a = R::decay(a, P == 2 ? a : load(x + c + H, count));
+        store(state + c, Vec<S>(a * (load(o + c, count) + load(state + c))));
+        store(decay + c, Vec<S>(a * load(decay + c)));
+      });
     }
-    for (int64_t c = 0; c < n; ++c) {
-      static_cast<S*>(p.state)[row * H + first + c] = G[c];
-      static_cast<S*>(p.decay)[row * H + first + c] = A[c];
-    }
-  });
-}
+  }
 
-template <class R, class T, class S>
-void run_backward(const Arguments& p) {
-  const int64_t H = p.width, P = R::PARTS;
-  for_blocks(p, [&](int64_t row, int64_t first, int64_t last) {
-    const int64_t n = last - first;
-    const int64_t end = (row + 1) * p.steps;
-    const T* x = static_cast<const T*>(p.x) + end * P * H + first;
-    const T* o = static_cast<const T*>(p.grad_h) + end * H + first;
-    const T* h = static_cast<const T*>(p.h) + end * H + first;
-    T* dx = static_cast<T*>(p.out) + end * P * H + first;
-    T* dy = P == 1 ? static_cast<T*>(p.out_y) + end * H + first : nullptr;
-    const uint8_t* reset = p.reset ? p.reset + row * p.steps : nullptr;
-    const S* h_in = static_cast<const S*>(p.h_in) + row * H + first;
-    S G[BLOCK], previous[BLOCK];
-    for (int64_t c = 0; c < n; ++c) G[c] = static_cast<const S*>(p.state_in)[row * H + first + c];
-    for (int64_t t = p.steps - 1; t >= 0; --t) {
+  // Write the gradients of the inputs; `state` is G, the gradient that flows from right to left.
+  template <class Tile>
+  void backward(const Tile& tile, S* state) const {
+    const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
+    const T* x = static_cast<const T*>(p.x) + end * P * H + tile.first;
+    const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
+    const T* h = static_cast<const T*>(p.h) + end * H + tile.first;
+    T* dx = static_cast<T*>(p.out) + end * P * H + tile.first;
+    T* dy = static_cast<T*>(p.out_y) + (P == 1 ? end * H + tile.first : 0);
+    const S* h_in = static_cast<const S*>(p.h_in) + tile.row * H + tile.first;
+    for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
       x -= P * H;
+      dx -= P * H;
       o -= H;
       h -= H;
-      dx -= P * H;
-      const bool cleared = reset && reset[t];
-      if (cleared)
-        for (int64_t c = 0; c < n; ++c) previous[c] = S(0);
-      else if (t == 0)
-        for (int64_t c = 0; c < n; ++c) previous[c] = h_in[c];
-      else
-        for (int64_t c = 0; c < n; ++c) previous[c] = load(h[c - H]);
-      if constexpr (P == 1) {
-        dy -= H;
-#pragma GCC ivdep
-        for (int64_t c = 0; c < n; ++c) {
-          S q = S(load(o[c])) + G[c];
-          store(dx + c, q * previous[c]);
-          store(dy + c, q);
-          G[c] = S(load(x[c])) * q;
+      dy -= H;
+      const bool cleared = reset(tile.row, t);
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        tile.fetch(o + c - ahead);
+        tile.fetch(h + c - ahead - H);
+        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * H - P * ahead);
+        const Vec<S> q = load(o + c, count) + load(state + c);
+        Vec<S> previous{}, a;  // previous: the state before the step
+        if (!cleared) previous = t > 0 ? load(h + c - H, count) : load(h_in + c, count);
+        if constexpr (P == 1) {
+          a = load(x + c, count);
+          store(dx + c, Vec<S>(q * previous), count);
+          store(dy + c, q, count);
+        } else {
+          Vec<S> d0, d1, d2;
+          a = R::backward(q, previous, load(x + c, count), load(x + c + H, count),
+                          load(x + c + (P - 1) * H, count), &d0, &d1, &d2);
+          store(dx + c, d0, count);
+          store(dx + c + H, d1, count);
+          if constexpr (P == 3) store(dx + c + 2 * H, d2, count);
         }
-      } else {
-#pragma GCC ivdep
-        for (int64_t c = 0; c < n; ++c) {
-          S q = S(load(o[c])) + G[c], d0, d1, d2 = S(0);
-          S a = R::backward(q, previous[c], S(load(x[c])), S(load(x[H + c])),
-                            S(load(x[(P - 1) * H + c])), &d0, &d1, &d2);
-          store(dx + c, d0);
-          store(dx + H + c, d1);
-          if (P == 3) store(dx + 2 * H + c, d2);
-          G[c] = a * q;
-        }
-      }
+        store(state + c, Vec<S>(a * q));
+      });
       if (cleared)
-        for (int64_t c = 0; c < n; ++c) G[c] = S(0);
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = S(0);
     }
-    for (int64_t c = 0; c < n; ++c) static_cast<S*>(p.state)[row * H + first + c] = G[c];
-  });
+  }
+};
+
+template <class S>
+struct alignas(64) Aligned {
+  S channels[16];
+};
+
+// Run body(tile, state, decay) over all steps of all channels of all rows.
+//
+// With a row of the batch for every thread, or a page of every step's channels, each thread runs its
+// own from end to end. Otherwise the threads would share every page of memory in small pieces, and
+// the hardware would fetch for each of them what another one needs. So time is cut into tiles, dealt
+// to the threads in turn, and channels into groups: a thread runs its tile group by group, each as
+// soon as the tile before has left that group's state. Nothing is computed or read twice.
+template <class S, class Body>
+void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
+  const int64_t H = p.width, row_bytes = H * element_bytes;
+  const auto enter = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
+    const S* entering = static_cast<const S*>(p.state_in);
+    for (int64_t c = 0; c < width; ++c) {
+      state[c] = entering ? entering[row * H + first + c] : S(0);
+      decay[c] = S(1);
+    }
+  };
+  const auto leave = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
+    std::memcpy(static_cast<S*>(p.state) + row * H + first, state, width * sizeof(S));
+    if (p.decay) std::memcpy(static_cast<S*>(p.decay) + row * H + first, decay, width * sizeof(S));
+  };
+  // Groups of whole vectors, as equal as can be, of which the last may be narrower.
+  const auto group_width = [&](int64_t groups) { return ((H + groups - 1) / groups + 15) / 16 * 16; };
+  const auto narrower = [](int64_t a, int64_t b) { return a < b ? a : b; };
+
+  const int64_t length = TILE / H + 1, tiles = (p.steps + length - 1) / length;
+  if (p.batch >= p.threads || row_bytes / p.threads >= PAGE || tiles < 2 * p.threads) {
+    int64_t groups = (H + BLOCK - 1) / BLOCK;
+    while (p.batch * groups < p.threads && H / (groups + 1) >= 16) ++groups;
+    const int64_t width = group_width(groups);
+    groups = (H + width - 1) / width;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
+    for (int64_t task = 0; task < p.batch * groups; ++task) {
+      const int64_t row = task / groups, first = task % groups * width;
+      const int64_t own = narrower(width, H - first);
+      alignas(64) S state[BLOCK], decay[BLOCK];
+      enter(row, first, own, state, decay);
+      const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1};
+      body(tile, state, decay);
+      leave(row, first, own, state, decay);
+    }
+    return;
+  }
+
+  const int64_t width = group_width(SHARES * p.threads), groups = (H + width - 1) / width;
+  struct alignas(64) Progress {  // alone on its cache line
+    std::atomic<int64_t> tiles{0};  // of all rows, in the order of the scan
+  };
+  std::vector<Progress> progress(groups);
+  std::vector<Aligned<S>> states(groups * width / 16), decays(groups * width / 16);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int64_t threads = omp_get_num_threads();
+    for (int64_t n = omp_get_thread_num(); n < p.batch * tiles; n += threads) {
+      const int64_t row = n / tiles, i = backwards ? tiles - 1 - n % tiles : n % tiles;
+      const int64_t begin = i * length, end = narrower(begin + length, p.steps);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * width, own = narrower(width, H - first);
+        S *state = states[first / 16].channels, *decay = decays[first / 16].channels;
+        for (int spins = 0; progress[g].tiles.load(std::memory_order_acquire) != n; ++spins)
+          if (spins > 1000) sched_yield();  // more threads than processors
+        if (n % tiles == 0) enter(row, first, own, state, decay);
+        const Tile<true> tile{row, begin, end, first, own, threads * length};
+        body(tile, state, decay);
+        if (n % tiles == tiles - 1) leave(row, first, own, state, decay);
+        progress[g].tiles.store(n + 1, std::memory_order_release);
+      }
+    }
+  }
 }
 
 enum Kernel { FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD };
 
 template <class R, class T, class S>
-void run(int kernel, const Arguments& p) {
+void run_kernel(int kernel, const Arguments& p) {
+  const Scan<R, T, S> scan{p};
+  const auto start = [&](bool backwards, auto body) { run<S>(p, sizeof(T), backwards, body); };
   switch (kernel) {
-    case FORWARD: return run_forward<R, T, S, true>(p);
-    case SUMMARIZE: return run_forward<R, T, S, false>(p);
-    case BACKWARD: return run_backward<R, T, S>(p);
-    case SUMMARIZE_BACKWARD: return run_summarize_backward<R, T, S>(p);
+    case FORWARD:
+      return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<true>(tile, h, A); });
+    case SUMMARIZE:
+      return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<false>(tile, h, A); });
+    case BACKWARD:
+      return start(true, [&](auto& tile, S* G, S*) { scan.backward(tile, G); });
+    case SUMMARIZE_BACKWARD:
+      return start(true, [&](auto& tile, S* G, S* A) { scan.summarize_backward(tile, G, A); });
   }
 }
 
 template <class R>
 void run_dtype(int kernel, int dtype, const Arguments& p) {
   switch (dtype) {
-    case 0: return run<R, float, float>(kernel, p);
-    case 1: return run<R, bf16, float>(kernel, p);
-    case 2: return run<R, double, double>(kernel, p);
+    case 0: return run_kernel<R, float, float>(kernel, p);
+    case 1: return run_kernel<R, bf16, float>(kernel, p);
+    case 2: return run_kernel<R, double, double>(kernel, p);
   }
 }
 

@@ -1,6 +1,6 @@
 """The CPU backend: native.cpp, built at first use, with chunked.py's four functions.
 
-The library is compiled by g++ (or $CXX) in about three seconds and cached under
+The library is compiled by g++ (or $CXX) in about ten seconds and cached under
 $XDG_CACHE_HOME/longhaul, by source, flags and processor. Workers that start together build it once:
 each waits for the lock of the one that builds, and a finished library appears by a rename.
 """
@@ -28,6 +28,7 @@ FLAGS = [
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=fast",
     "-fopenmp",
     "-shared",
     "-fPIC",

@@ -1,5 +1,7 @@
 """Every backend against the sequential loop in fp64."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from models.scan import (
     linear_scan,
     mingru_scan,
     minlstm_scan,
+    native,
     reference,
     reference_scan,
     scan,
@@ -103,6 +106,66 @@ def test_saturated_gates_stay_finite(name, dtype, backend):
     h0 = torch.zeros(1, 8, dtype=dtype, requires_grad=True)
     for x in outputs_and_gradients(recurrence, inputs, h0, None, backend):
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_native_threads_share_one_row(name, dtype, batch, threads):
+    """More threads than rows: time is dealt out in tiles, one waiting for another's state."""
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, batch, 9001, 37, dtype, shift=3)
+    h0 = torch.randn(batch, 37, dtype=dtype, requires_grad=True)
+    reset = make_reset(batch, 9001, "edges")
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+    threads(1)
+    expected = outputs_and_gradients(recurrence, inputs, h0, reset, "native")
+    spans = summaries(recurrence, inputs, expected[0], reset)
+    threads(3)
+    actual = outputs_and_gradients(recurrence, inputs, h0, reset, "native")
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(summaries(recurrence, inputs, expected[0], reset), spans, strict=True):
+        assert torch.equal(got, want)
+    chunked = outputs_and_gradients(recurrence, inputs, h0, reset, "chunked")
+    for got, want in zip(actual, chunked, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def summaries(
+    recurrence: Recurrence, inputs: Inputs, grad_h: Tensor, reset: Tensor | None
+) -> list[Tensor]:
+    forward = native.summarize(recurrence, inputs, reset)
+    backward = native.summarize_backward(recurrence, inputs, grad_h, reset)
+    return [forward.decay, forward.state, backward.decay, backward.state]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closed_lstm_gates_keep_their_ratio(backend):
+    """f / (f + i) depends on f - i alone once both are all but zero."""
+    fiv = torch.tensor([-90.0, -91.0, 0.5]).expand(1, 4, 3).contiguous()
+    h, _ = minlstm_scan(fiv, backend=backend)
+    shifted = torch.tensor([-20.0, -21.0, 0.5]).expand(1, 4, 3).contiguous()
+    torch.testing.assert_close(h, minlstm_scan(shifted, backend="reference")[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_nan_is_not_hidden(name, backend):
+    recurrence = RECURRENCES[name]
+    inputs = tuple(x.detach().clone() for x in make_inputs(recurrence, 1, 40, 20, torch.float32))
+    for x in inputs:
+        x[0, 7, :] = float("nan")
+    h, _ = scan(recurrence, inputs, backend=backend)
+    assert h[0, :7].isfinite().all()
+    assert h[0, 7:].isnan().all()
 
 
 def test_public_scans_agree_with_their_formulas():
