@@ -1,8 +1,8 @@
 """Parameters and floating-point operations of a model, from its shape alone."""
 
 from models.config import ModelConfig
+from models.scan import RECURRENCES
 
-_PARTS = {"mingru": 2, "minlstm": 3}  # preactivations per state channel
 _GATE_FLOPS = {"mingru": 12, "minlstm": 20}  # gates and h = a * h + b, per channel and token
 
 
@@ -11,7 +11,7 @@ def parameters(config: ModelConfig) -> int:
     width, state = config.width, config.state_width
     total = 2 * config.vocab_size * width + width
     for mixer in config.layer_mixers():
-        parts = _PARTS[mixer]
+        parts = RECURRENCES[mixer].parts
         total += width  # norm
         total += parts * state * (width + 1) + state * width
         if config.conv_width:
@@ -28,7 +28,7 @@ def forward_flops_per_token(config: ModelConfig) -> int:
     width, state = config.width, config.state_width
     total = 2 * width * config.vocab_size
     for mixer in config.layer_mixers():
-        matrices = (_PARTS[mixer] + 1 + bool(config.gate)) * width * state
+        matrices = (RECURRENCES[mixer].parts + 1 + bool(config.gate)) * width * state
         matrices += 3 * width * config.mlp_width
         total += 2 * matrices + 2 * config.conv_width * width + _GATE_FLOPS[mixer] * state
     return total

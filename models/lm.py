@@ -42,6 +42,8 @@ class LanguageModel(nn.Module):
         self.blocks = cast(list[Block], nn.ModuleList(stack))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size)
+        # How a block is called: replaced from outside where its activations are not to be kept.
+        self.call_block: Callable[..., Any] = _call_block
         self.init_weights()
 
     def forward(
@@ -60,7 +62,8 @@ class LanguageModel(nn.Module):
         x = self.embed(tokens)
         carries = []
         for layer, block in enumerate(self.blocks):
-            x, leaving = block(x, None if carry is None else carry[layer], reset=reset)
+            entering = None if carry is None else carry[layer]
+            x, leaving = self.call_block(block, x, entering, reset=reset)
             carries.append(leaving)
         return self.head(self.norm(x), readout), carries
 
@@ -98,3 +101,7 @@ class LanguageModel(nn.Module):
                 channels = (torch.arange(block.mixer.state_width) + 0.5) / block.mixer.state_width
                 memory = 2 * (self.config.memory_tokens / 2) ** channels
                 block.mixer.preactivations.bias.copy_(block.mixer.forget_bias(memory))
+
+
+def _call_block(block: Block, *args: Any, **kwargs: Any) -> Any:
+    return block(*args, **kwargs)

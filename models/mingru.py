@@ -14,8 +14,6 @@ class MinGRUMixer(RecurrentMixer):
     Source: Feng et al. 2024 (arXiv:2410.01201), section 3.1.
     """
 
-    parts = 2
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, MinGRU())
 

@@ -14,8 +14,6 @@ class MinLSTMMixer(RecurrentMixer):
     Source: Feng et al. 2024 (arXiv:2410.01201), section 3.2.
     """
 
-    parts = 3
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, MinLSTM(config.normalize_gates))
 

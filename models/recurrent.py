@@ -13,13 +13,11 @@ from models.scan import Recurrence
 class RecurrentMixer(SequenceMixer):
     """y = W_out (h * silu(W_gate x)), h = scan(W conv(x) + bias).
 
-    Convolution and gate are each optional. A recurrence brings its `parts`, the number of
-    preactivations it reads per state channel, and its forget-bias initialisation.
+    Convolution and gate are each optional. A subclass brings its recurrence and the bias with which
+    that forgets.
     Source: Feng et al. 2024 (arXiv:2410.01201) with the gated block of Griffin (De et al. 2024,
     arXiv:2402.19427, section 2).
     """
-
-    parts: int
 
     def __init__(self, config: ModelConfig, recurrence: Recurrence) -> None:
         super().__init__()
@@ -27,7 +25,7 @@ class RecurrentMixer(SequenceMixer):
         self.recurrence = recurrence
         self.width, self.state_width, self.halo_width = width, state, config.halo_width
         self.conv = CausalConv(width, config.conv_width) if config.conv_width else None
-        self.preactivations = nn.Linear(width, self.parts * state)
+        self.preactivations = nn.Linear(width, recurrence.parts * state)
         self.gate = nn.Linear(width, state, bias=False) if config.gate else None
         self.out = nn.Linear(state, width, bias=False)
         # A decayed gate forgets its time scale; candidates share the gates' tensor, so that the

@@ -53,6 +53,7 @@ class TrainConfig:
     micro_batch_size: int = 1  # sequences per forward and backward on one rank
     dtype: str = "fp32"  # fp32, or bf16 with fp32 master weights
     loss_tile_tokens: int = 2048  # logits exist for this many tokens at a time
+    recompute: bool = False  # a block's activations are computed again in its backward, not kept
     stop_after: int | None = None  # stop in good order after this many steps of this start
 
 

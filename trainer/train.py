@@ -38,6 +38,7 @@ from trainer.metrics import (
     truncate_after,
 )
 from trainer.optim import learning_rate
+from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology, initialize_distributed
 
@@ -70,6 +71,8 @@ def train(config: Config, report: Report) -> None:
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
     parallelize(model, topology)
+    if config.train.recompute:
+        recompute_blocks(model)
     warn = partial(_warn, report)
     found = checkpoint.find(run, topology, warn)
     engine = Engine(model, config, topology, device, resume=found)

@@ -4,16 +4,15 @@ Each scan returns (h [B, T, H] in the inputs' dtype, h_last [B, H] in fp32, fp64
 and is differentiable in every input and in h0, from h and from h_last.
 """
 
-import warnings
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.scan import chunked, native, reference
+from models.scan import operators, reference
+from models.scan.operators import BACKENDS, choose_backend
 from models.scan.recurrence import (
+    RECURRENCES,
     Inputs,
     Linear,
     MinGRU,
@@ -24,6 +23,8 @@ from models.scan.recurrence import (
 )
 
 __all__ = [
+    "BACKENDS",
+    "RECURRENCES",
     "Inputs",
     "Linear",
     "MinGRU",
@@ -35,13 +36,11 @@ __all__ = [
     "linear_scan",
     "mingru_scan",
     "minlstm_scan",
+    "operators",
     "reference",
     "scan",
     "state_dtype",
 ]
-
-# Faster backends join here: a module with chunked.py's four functions.
-BACKENDS: dict[str, ModuleType] = {"native": native, "chunked": chunked}
 
 
 def linear_scan(
@@ -103,7 +102,7 @@ def scan(
     h0 = check_scan(recurrence, inputs, h0, reset)
     if backend == "reference":
         return reference_scan(recurrence, inputs, h0, reset)
-    return _Scan.apply(recurrence, choose_backend(backend, inputs), reset, h0, *inputs)
+    return _Scan.apply(recurrence.name, choose_backend(backend, inputs), reset, h0, *inputs)
 
 
 def reference_scan(
@@ -121,36 +120,6 @@ def reference_scan(
     return h.to(inputs[0].dtype), h_last
 
 
-def choose_backend(name: str, inputs: Inputs) -> ModuleType:
-    """The module that runs the scan; "auto" takes the fastest for these inputs on this machine.
-
-    Raises ValueError for a backend that is not known, or asked for by name and not to be had.
-    """
-    if name == "auto":
-        return native if native.supports(inputs) and _native_works() else chunked
-    if name not in BACKENDS:
-        known = ", ".join(["auto", "reference", *BACKENDS])
-        raise ValueError(f"scan backend {name!r} is not known: use one of {known}")
-    if name == "native":
-        if not native.supports(inputs):
-            raise ValueError(
-                f"scan backend 'native' is for CPU tensors in fp32, bf16 or fp64, not "
-                f"{inputs[0].dtype} on {inputs[0].device}: use 'auto' or 'chunked'"
-            )
-        if reason := native.unavailable():
-            raise ValueError(f"scan backend 'native' cannot be used: {reason}")
-    return BACKENDS[name]
-
-
-@cache
-def _native_works() -> bool:
-    """Whether "auto" may take the native backend; says once why not."""
-    reason = native.unavailable()
-    if reason:
-        warnings.warn(f"the scan runs in plain torch, many times slower: {reason}", stacklevel=2)
-    return reason is None
-
-
 def check_scan(
     recurrence: Recurrence, inputs: Inputs, h0: Tensor | None, reset: Tensor | None
 ) -> Tensor:
@@ -163,7 +132,7 @@ def check_scan(
             )
     if not inputs[0].is_floating_point():
         raise ValueError(f"{recurrence.name} scan inputs must be float, got {inputs[0].dtype}")
-    parts = {"mingru": 2, "minlstm": 3}.get(recurrence.name, 1)
+    parts = recurrence.parts
     if inputs[0].shape[-1] % parts:
         raise ValueError(
             f"{recurrence.name} scan needs a last dimension of {parts} * H, "
@@ -188,13 +157,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recurrence: Recurrence,
-        backend: ModuleType,
+        recurrence: str,
+        backend: str,
         reset: Tensor | None,
         h0: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h, h_last = backend.forward(recurrence, inputs, h0, reset)
+        h, h_last = operators.forward(backend, RECURRENCES[recurrence], inputs, h0, reset)
         ctx.save_for_backward(h, h0, reset, *inputs)
         ctx.recurrence, ctx.backend = recurrence, backend
         return h, h_last
@@ -202,7 +171,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_h_last: Tensor) -> tuple[Tensor | None, ...]:
         h, h0, reset, *inputs = ctx.saved_tensors
-        grads, grad_h0 = ctx.backend.backward(
-            ctx.recurrence, tuple(inputs), h, h0, grad_h, grad_h_last, reset
+        grads, grad_h0 = operators.backward(
+            ctx.backend, RECURRENCES[ctx.recurrence], inputs, h, h0, grad_h, grad_h_last, reset
         )
         return None, None, None, grad_h0, *grads

@@ -17,6 +17,22 @@ from torch import Tensor
 from models.scan.recurrence import Inputs, Recurrence, Span
 
 
+def supports(device: str, dtype: torch.dtype) -> bool:
+    """Every device and float dtype."""
+    return dtype.is_floating_point
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine: it always can."""
+    return None
+
+
+def chunk_count(recurrence: Recurrence, inputs: Inputs) -> int:
+    """How many chunk maps a span of these inputs keeps."""
+    steps = inputs[0].shape[1]
+    return -(-steps // math.isqrt(steps))
+
+
 def summarize(recurrence: Recurrence, inputs: Inputs, reset: Tensor | None) -> Span:
     """The map h -> decay * h + state of all T steps. reset [B, T] or None."""
     a, b = recurrence.gates(inputs)
@@ -32,8 +48,10 @@ def forward(
     span: Span | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h [B, T, H] in the inputs' dtype and h_last [B, H], from the entering state h_in [B, H]."""
-    span = span or summarize(recurrence, inputs, reset)
-    h = _scan_linear(span, h_in, reverse=False)
+    a, b = recurrence.gates(inputs)
+    a = _apply_reset(a, reset)
+    span = span or _summarize_linear(a, b, reverse=False)
+    h = _scan_linear(a, b, span, h_in, reverse=False)
     return h.to(inputs[0].dtype), torch.addcmul(span.state, span.decay, h_in)
 
 
@@ -64,8 +82,9 @@ def backward(
     h [B, T, H] is the forward's output, h_in [B, H] its entering state, grad_h [B, T, H] and
     grad_out [B, H] the gradients of h and of h_last. Returns (input gradients, grad_h_in [B, H]).
     """
-    span = span or summarize_backward(recurrence, inputs, grad_h, reset)
-    flow = _scan_linear(span, grad_out, reverse=True)
+    a = _apply_reset(recurrence.gates(inputs)[0], reset)
+    span = span or _summarize_linear(a, a * grad_h, reverse=True)
+    flow = _scan_linear(a, a * grad_h, span, grad_out, reverse=True)
     grad_b = torch.cat([flow[:, 1:], grad_out.unsqueeze(1)], dim=1).add_(grad_h)
     previous = torch.cat([h_in.unsqueeze(1), h[:, :-1].to(h_in.dtype)], dim=1)
     grad_a = _apply_reset(previous.mul_(grad_b), reset)
@@ -102,16 +121,16 @@ def _summarize_linear(a: Tensor, b: Tensor, reverse: bool) -> Span:
         states.append(state)
     chunk_decay, chunk_state = torch.cat(decays, dim=1), torch.cat(states, dim=1)
     order = _order(chunk_decay.shape[1], reverse)
-    decay, state = chunk_decay[:, order[0]], chunk_state[:, order[0]]
+    decay, state = chunk_decay[:, order[0]].clone(), chunk_state[:, order[0]].clone()
     for n in order[1:]:
         state = torch.addcmul(chunk_state[:, n], chunk_decay[:, n], state)
-        decay = decay * chunk_decay[:, n]
-    return Span(decay, state, work=(a, b, chunk_decay, chunk_state))
+        decay *= chunk_decay[:, n]
+    return Span(decay, state, torch.stack([chunk_decay, chunk_state]))
 
 
-def _scan_linear(span: Span, entering: Tensor, reverse: bool) -> Tensor:
+def _scan_linear(a: Tensor, b: Tensor, span: Span, entering: Tensor, reverse: bool) -> Tensor:
     """h [B, T, H] of the summarised recurrence, from the state that enters at its open end."""
-    a, b, chunk_decay, chunk_state = span.work
+    chunk_decay, chunk_state = span.chunks
     starts = torch.empty_like(chunk_state)  # the state entering each chunk
     for n in _order(chunk_state.shape[1], reverse):
         starts[:, n] = entering

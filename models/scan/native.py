@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.scan.recurrence import Inputs, MinLSTM, Recurrence, Span, state_dtype
+from models.scan.recurrence import RECURRENCES, Inputs, Recurrence, Span, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # -ffast-math is not among them: it would change denormals for the whole process.
@@ -33,6 +33,7 @@ FLAGS = [
     "-shared",
     "-fPIC",
 ]
+# The numbers by which native.cpp knows dtypes and kernels; recurrences are numbered as RECURRENCES.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
 
@@ -62,9 +63,9 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-def supports(inputs: Inputs) -> bool:
-    """Whether these inputs are of a device and dtype that the library takes."""
-    return inputs[0].device.type == "cpu" and inputs[0].dtype in DTYPES
+def supports(device: str, dtype: torch.dtype) -> bool:
+    """Whether the library takes inputs of this device and dtype."""
+    return device == "cpu" and dtype in DTYPES
 
 
 def unavailable() -> str | None:
@@ -76,11 +77,16 @@ def unavailable() -> str | None:
     return None
 
 
+def chunk_count(recurrence: Recurrence, inputs: Inputs) -> int:
+    """How many chunk maps a span of these inputs keeps."""
+    return 0
+
+
 def summarize(recurrence: Recurrence, inputs: Inputs, reset: Tensor | None) -> Span:
     """As chunked.summarize; reads the inputs once and keeps nothing of size T."""
-    decay, state = _new_states(recurrence, inputs, 2)
-    _run(SUMMARIZE, recurrence, inputs, reset, decay=decay, state=state)
-    return Span(decay, state)
+    span = _new_span(recurrence, inputs)
+    _run(SUMMARIZE, recurrence, inputs, reset, decay=span.decay, state=span.state)
+    return span
 
 
 def forward(
@@ -92,7 +98,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As chunked.forward, in one pass; a span is not needed."""
     h = inputs[0].new_empty(recurrence.state_shape(inputs))
-    (h_last,) = _new_states(recurrence, inputs, 1)
+    h_last = torch.empty_like(h_in, memory_format=torch.contiguous_format)
     _run(FORWARD, recurrence, inputs, reset, state_in=h_in, out=h, state=h_last)
     return h, h_last
 
@@ -101,9 +107,17 @@ def summarize_backward(
     recurrence: Recurrence, inputs: Inputs, grad_h: Tensor, reset: Tensor | None
 ) -> Span:
     """As chunked.summarize_backward."""
-    decay, state = _new_states(recurrence, inputs, 2)
-    _run(SUMMARIZE_BACKWARD, recurrence, inputs, reset, grad_h=grad_h, decay=decay, state=state)
-    return Span(decay, state)
+    span = _new_span(recurrence, inputs)
+    _run(
+        SUMMARIZE_BACKWARD,
+        recurrence,
+        inputs,
+        reset,
+        grad_h=grad_h,
+        decay=span.decay,
+        state=span.state,
+    )
+    return span
 
 
 def backward(
@@ -118,7 +132,7 @@ def backward(
 ) -> tuple[Inputs, Tensor]:
     """As chunked.backward, in one pass."""
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    (grad_h_in,) = _new_states(recurrence, inputs, 1)
+    grad_h_in = torch.empty_like(h_in, memory_format=torch.contiguous_format)
     _run(
         BACKWARD,
         recurrence,
@@ -135,11 +149,11 @@ def backward(
     return grads, grad_h_in
 
 
-def _new_states(recurrence: Recurrence, inputs: Inputs, count: int) -> list[Tensor]:
-    """[B, H] each, uninitialised."""
+def _new_span(recurrence: Recurrence, inputs: Inputs) -> Span:
+    """Uninitialised."""
     batch, _, width = recurrence.state_shape(inputs)
-    dtype = state_dtype(inputs)
-    return [inputs[0].new_empty(batch, width, dtype=dtype) for _ in range(count)]
+    shapes = (batch, width), (batch, width), (2, batch, 0, width)
+    return Span(*(inputs[0].new_empty(shape, dtype=state_dtype(inputs)) for shape in shapes))
 
 
 def _run(
@@ -165,9 +179,7 @@ def _run(
         threads=torch.get_num_threads(),
         **{name: x.data_ptr() for name, x in alive.items()},
     )
-    index = {"linear": 0, "mingru": 1, "minlstm": 2}[recurrence.name]
-    if isinstance(recurrence, MinLSTM) and not recurrence.normalize:
-        index = 3
+    index = list(RECURRENCES).index(recurrence.name)
     dtype = DTYPES[inputs[0].dtype]
     _library().longhaul_scan(kernel, index, dtype, ctypes.byref(arguments))
 

@@ -6,7 +6,6 @@ scan; neither knows which recurrence it runs.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +18,33 @@ Inputs = tuple[Tensor, ...]
 class Span:
     """A stretch of steps as one affine map, h -> decay * h + state.
 
-    decay, state [B, H] in the state's dtype. `work` is whatever the backend that summarised wants
-    handed to its own output pass, so that nothing is computed twice.
+    decay, state [B, H] in the state's dtype. chunks [2, B, N, H]: decay and state of the chunks
+    into which the backend cuts the span and which its output pass wants again; N may be 0.
     """
 
     decay: Tensor
     state: Tensor
-    work: Inputs = ()
+    chunks: Tensor
 
 
-class Recurrence(Protocol):
+class Recurrence:
     """Gates of a diagonal recurrence, and their derivatives."""
 
-    @property
-    def name(self) -> str:
-        """Short and lower case, for messages."""
+    name: str  # short and lower case: operators and messages know the recurrence by it
+    parts: int  # preactivations per state channel, in each of the inputs
 
     def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
         """(B, T, H) of the state that `inputs` drive."""
+        batch, steps, width = inputs[0].shape
+        return batch, steps, width // self.parts
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """a, b [B, T, H] in the state's dtype, from `inputs` in any float dtype."""
+        raise NotImplementedError
 
     def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
         """Gradients of `inputs`, in the inputs' dtypes, from those of a and b [B, T, H]."""
+        raise NotImplementedError
 
 
 def state_dtype(inputs: Inputs) -> torch.dtype:
@@ -58,14 +60,11 @@ def _candidate(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Recurrence):
     """h_t = a_t * h_{t-1} + b_t with a and b given. inputs = (a, b), [B, T, H] each."""
 
-    name: str = "linear"
-
-    def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
-        batch, steps, width = inputs[0].shape
-        return batch, steps, width
+    name = "linear"
+    parts = 1
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         dtype = state_dtype(inputs)
@@ -76,17 +75,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class MinGRU:
+class MinGRU(Recurrence):
     """h_t = (1 - z) h_{t-1} + z g(v), z = sigmoid(k). inputs = (kv,), [B, T, 2H].
 
     Source: Feng et al. 2024 (arXiv:2410.01201), section 3.1.
     """
 
-    name: str = "mingru"
-
-    def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
-        batch, steps, width = inputs[0].shape
-        return batch, steps, width // 2
+    name = "mingru"
+    parts = 2
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         k, v = inputs[0].to(state_dtype(inputs)).chunk(2, dim=-1)
@@ -102,7 +98,7 @@ class MinGRU:
 
 
 @dataclass(frozen=True)
-class MinLSTM:
+class MinLSTM(Recurrence):
     """h_t = f h_{t-1} + i g(v), f and i normalised to sum to one if `normalize`.
 
     inputs = (fiv,), [B, T, 3H]. Source: Feng et al. 2024 (arXiv:2410.01201), section 3.2; the
@@ -110,11 +106,11 @@ class MinLSTM:
     """
 
     normalize: bool = True
-    name: str = "minlstm"
+    parts = 3
 
-    def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
-        batch, steps, width = inputs[0].shape
-        return batch, steps, width // 3
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "minlstm" if self.normalize else "minlstm-unnormalized"
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         f, i, v = inputs[0].to(state_dtype(inputs)).chunk(3, dim=-1)
@@ -140,3 +136,9 @@ class MinLSTM:
             grad_i = grad_b * g * write * torch.sigmoid(-i)
         grads = torch.cat([grad_f, grad_i, grad_b * write * slope], dim=-1)
         return (grads.to(inputs[0].dtype),)
+
+
+RECURRENCES: dict[str, Recurrence] = {
+    recurrence.name: recurrence
+    for recurrence in (Linear(), MinGRU(), MinLSTM(), MinLSTM(normalize=False))
+}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.scan import Span
-from trainer.parallel.topology import SequenceGroup
+from trainer.parallel.sequence_group import SequenceGroup
 
 
 def exchange_carry(span: Span, h0: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor, Tensor]:

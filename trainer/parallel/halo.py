@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.parallel.topology import SequenceGroup
+from trainer.parallel.sequence_group import SequenceGroup
 
 
 def exchange_halo(tail: Tensor, carry: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor]:

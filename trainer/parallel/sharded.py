@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from models.mixer import SequenceMixer, visible_tail
 from models.scan import Inputs, Recurrence
 from trainer.parallel.halo import exchange_halo
-from trainer.parallel.topology import SequenceGroup, Topology
+from trainer.parallel.sequence_group import SequenceGroup
+from trainer.parallel.topology import Topology
 from trainer.parallel.two_level_scan import two_level_scan
 
 

@@ -5,9 +5,7 @@ stays inside a machine where it can.
 """
 
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -15,81 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.parallel.sequence_group import SequenceGroup
+
 T = TypeVar("T")
-
-
-@dataclass
-class ExchangeMeter:
-    """What the exchanges between the ranks of one sequence cost this rank.
-
-    `seconds` is the wall time inside the collectives, waiting for slower ranks included; on CUDA
-    the calls return before the work is done and only their launch is seen. `sent_bytes` counts the
-    payload this rank gives into each collective.
-    """
-
-    seconds: float = 0.0
-    sent_bytes: int = 0
-
-    def take(self) -> tuple[float, int]:
-        """Seconds and bytes since the last call."""
-        taken = self.seconds, self.sent_bytes
-        self.seconds, self.sent_bytes = 0.0, 0
-        return taken
-
-
-class SequenceGroup:
-    """The SP group: the ranks that hold one sequence between them, in order.
-
-    The methods are the only collectives of the sequence dimension, each metered.
-    """
-
-    def __init__(self, rank: int, ranks: list[int], group: Any) -> None:
-        self.rank = rank  # within the group
-        self.ranks = ranks  # global ranks
-        self.group = group
-        self.meter = ExchangeMeter()
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x [...] of every rank as [P, ...], in rank order."""
-        start = time.perf_counter()
-        x = x.contiguous()
-        gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x, group=self.group)
-        self._count(start, x)
-        return gathered.view(self.size, *x.shape)
-
-    def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """x of the rank `source` of the group, on every rank; a new tensor."""
-        start = time.perf_counter()
-        x = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.broadcast(x, self.ranks[source], group=self.group)
-        self._count(start, x if self.rank == source else None)
-        return x
-
-    def shift(self, x: Tensor, step: int) -> Tensor | None:
-        """x of the rank `step` places to the left (negative: to the right); None past the end."""
-        start = time.perf_counter()
-        x = x.contiguous()
-        source, target = self.rank - step, self.rank + step
-        operations, received = [], None
-        if 0 <= target < self.size:
-            operations.append(dist.P2POp(dist.isend, x, self.ranks[target], self.group))
-        if 0 <= source < self.size:
-            received = torch.empty_like(x)
-            operations.append(dist.P2POp(dist.irecv, received, self.ranks[source], self.group))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        self._count(start, x if 0 <= target < self.size else None)
-        return received
-
-    def _count(self, start: float, sent: Tensor | None) -> None:
-        self.meter.seconds += time.perf_counter() - start
-        if sent is not None:
-            self.meter.sent_bytes += sent.numel() * sent.element_size()
 
 
 class Topology:

@@ -1,14 +1,20 @@
 """The two-level scan: reduce this shard, exchange one small carry, scan from the right start."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.scan import Inputs, Recurrence, check_scan, choose_backend
+from models.scan import (
+    RECURRENCES,
+    Inputs,
+    Recurrence,
+    check_scan,
+    choose_backend,
+    operators,
+)
 from trainer.parallel.carry import exchange_carry, exchange_carry_backward
-from trainer.parallel.topology import SequenceGroup
+from trainer.parallel.sequence_group import SequenceGroup
 
 
 def two_level_scan(
@@ -28,7 +34,7 @@ def two_level_scan(
     """
     h0 = check_scan(recurrence, inputs, h0, reset)
     return _TwoLevelScan.apply(
-        recurrence, choose_backend(backend, inputs), group, reset, h0, *inputs
+        recurrence.name, choose_backend(backend, inputs), group, reset, h0, *inputs
     )
 
 
@@ -36,25 +42,28 @@ class _TwoLevelScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recurrence: Recurrence,
-        backend: ModuleType,
+        recurrence: str,
+        backend: str,
         group: SequenceGroup,
         reset: Tensor | None,
         h0: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        span = backend.summarize(recurrence, inputs, reset)
+        kind = RECURRENCES[recurrence]
+        span = operators.summarize(backend, kind, inputs, reset)
         h_in, h_last, decays = exchange_carry(span, h0, group)
-        h, _ = backend.forward(recurrence, inputs, h_in, reset, span)
+        h, _ = operators.forward(backend, kind, inputs, h_in, reset, span)
         ctx.save_for_backward(h, h_in, decays, reset, *inputs)
         ctx.recurrence, ctx.backend, ctx.group = recurrence, backend, group
         return h, h_last
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_h_last: Tensor) -> tuple[Tensor | None, ...]:
-        h, h_in, decays, reset, *shard = ctx.saved_tensors
-        recurrence, backend, inputs = ctx.recurrence, ctx.backend, tuple(shard)
-        span = backend.summarize_backward(recurrence, inputs, grad_h, reset)
+        h, h_in, decays, reset, *inputs = ctx.saved_tensors
+        kind = RECURRENCES[ctx.recurrence]
+        span = operators.summarize_backward(ctx.backend, kind, inputs, grad_h, reset)
         grad_out, grad_h0 = exchange_carry_backward(span.state, decays, grad_h_last, ctx.group)
-        grads, _ = backend.backward(recurrence, inputs, h, h_in, grad_h, grad_out, reset, span)
+        grads, _ = operators.backward(
+            ctx.backend, kind, inputs, h, h_in, grad_h, grad_out, reset, span
+        )
         return None, None, None, None, grad_h0, *grads

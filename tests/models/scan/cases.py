@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-from models.scan import Linear, MinGRU, MinLSTM
-from models.scan.recurrence import Inputs, Recurrence
+from models.scan import RECURRENCES, Inputs, Recurrence, reference_scan, scan
 
-RECURRENCES = {
-    "linear": Linear(),
-    "mingru": MinGRU(),
-    "minlstm": MinLSTM(normalize=True),
-    "minlstm-unnormalized": MinLSTM(normalize=False),
-}
+__all__ = ["RECURRENCES", "make_inputs", "make_reset", "outputs_and_gradients"]
 
 
 def make_inputs(
@@ -52,3 +46,18 @@ def make_reset(batch: int, steps: int, where: str) -> Tensor | None:
     else:
         reset[torch.rand(batch, steps) < 0.1] = 1
     return reset
+
+
+def outputs_and_gradients(
+    recurrence: Recurrence, inputs: Inputs, h0: Tensor, reset: Tensor | None, backend: str
+) -> list[Tensor]:
+    """h, h_last and the gradients of h0 and every input under a fixed random cotangent."""
+    if backend == "definition":
+        h, h_last = reference_scan(recurrence, inputs, h0, reset)
+    else:
+        h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (h, h_last)
+    ]
+    return [h, h_last, *torch.autograd.grad([h, h_last], [h0, *inputs], cotangents)]

@@ -7,36 +7,25 @@ import torch
 from torch import Tensor
 
 from models.scan import (
-    BACKENDS,
     linear_scan,
     mingru_scan,
     minlstm_scan,
     native,
     reference,
-    reference_scan,
     scan,
 )
 from models.scan.recurrence import Inputs, Recurrence
-from tests.models.scan.cases import RECURRENCES, make_inputs, make_reset
+from tests.models.scan.cases import (
+    RECURRENCES,
+    make_inputs,
+    make_reset,
+    outputs_and_gradients,
+)
+
+CPU_BACKENDS = ("native", "chunked")  # test_triton.py has the kernels for a GPU
 
 
-def outputs_and_gradients(
-    recurrence: Recurrence, inputs: Inputs, h0: Tensor, reset: Tensor | None, backend: str
-) -> list[Tensor]:
-    """h, h_last and the gradients of h0 and every input under a fixed random cotangent."""
-    if backend == "definition":
-        h, h_last = reference_scan(recurrence, inputs, h0, reset)
-    else:
-        h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        for x in (h, h_last)
-    ]
-    return [h, h_last, *torch.autograd.grad([h, h_last], [h0, *inputs], cotangents)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("where", ["none", "start", "edges", "random"])
 @pytest.mark.parametrize("shift", [0, 8, -8])
 @pytest.mark.parametrize("steps", [1, 63, 1000])
@@ -53,7 +42,7 @@ def test_fp64_equals_definition(name, steps, shift, where, backend):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("where", ["none", "edges"])
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_gradcheck(name, where, backend):
@@ -68,7 +57,7 @@ def test_gradcheck(name, where, backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     # the inputs' own rounding, 2^-9 for bf16 and 2^-24 for fp32, times the few roundings of a step
     ("dtype", "tolerance"),
@@ -94,7 +83,7 @@ def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
         assert error < tolerance
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["mingru", "minlstm", "minlstm-unnormalized"])
 def test_saturated_gates_stay_finite(name, dtype, backend):
@@ -147,7 +136,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_closed_lstm_gates_keep_their_ratio(backend):
     """f / (f + i) depends on f - i alone once both are all but zero."""
     fiv = torch.tensor([-90.0, -91.0, 0.5]).expand(1, 4, 3).contiguous()
@@ -156,7 +145,7 @@ def test_closed_lstm_gates_keep_their_ratio(backend):
     torch.testing.assert_close(h, minlstm_scan(shifted, backend="reference")[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_nan_is_not_hidden(name, backend):
     recurrence = RECURRENCES[name]

@@ -1,0 +1,88 @@
+"""Compile every GPU kernel for a compute capability, and print what each uses, as JSON.
+
+    python tests/models/scan/compile_kernels.py 90
+
+Needs Triton and no GPU. spilled_bytes counts local memory, of which the kernels should have none;
+narrowest_load is in bits per lane.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from models.scan import gpu, triton_kernels
+from models.scan.recurrence import RECURRENCES
+
+CONSTANTS = {"HAS_RESET": False, "RAW": True, "BLOCK": gpu.BLOCK}
+FP32_POINTERS = {"maps_ptr", "in_ptr", "ends_ptr", "out_ptr", "last_ptr", "din_ptr"}
+
+
+def usage(kernel: triton.JITFunction, capability: int, dtype: str, **constants: Any) -> dict:
+    """Registers of a thread, bytes of local memory, bits of the narrowest load."""
+    unroll = gpu.rows_at_once(kernel, RECURRENCES[constants["RECURRENCE"]])
+    constants = {**CONSTANTS, "UNROLL": unroll, **constants}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "reset_ptr":
+            signature[name] = "*u8"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in FP32_POINTERS else f"*{dtype}"
+        else:
+            signature[name] = "i32"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or name in ("T", "H", "chunk")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", shown)
+    assert found, shown
+    return {
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]) + int(found[3]),
+        "narrowest_load": min(int(vector or 1) * int(bits) for vector, bits in loads),
+    }
+
+
+def main() -> None:
+    capability, result = int(sys.argv[1]), {}
+    for name in RECURRENCES:
+        for kernel, flags in (
+            (triton_kernels.summarize_kernel, {"FLOW": False, "REVERSE": False}),
+            (triton_kernels.forward_kernel, {"REVERSE": False}),
+            (triton_kernels.backward_kernel, {}),
+        ):
+            label = f"{kernel.__name__} {name}"
+            result[label] = usage(kernel, capability, "bf16", RECURRENCE=name, **flags)
+    flow = {"RECURRENCE": "mingru", "FLOW": True, "REVERSE": True}
+    result["summarize_kernel mingru, backward"] = usage(
+        triton_kernels.summarize_kernel, capability, "bf16", **flow
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

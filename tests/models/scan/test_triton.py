@@ -1,0 +1,149 @@
+"""The GPU kernels: on the GPU where there is one, else in Triton's interpreter and its compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.scan import operators, scan
+from models.scan.recurrence import RECURRENCES
+from tests.models.scan.cases import make_inputs, make_reset, outputs_and_gradients
+
+gpu = pytest.importorskip("models.scan.gpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compare(
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    where: str = "none",
+    shift: float = 0.0,
+    tolerance: float = 2e-5,
+) -> None:
+    """Values and all gradients against the loop in fp64, on the same rounded inputs."""
+    recurrence, (batch, steps, width) = RECURRENCES[name], shape
+    torch.manual_seed(steps)
+    inputs = tuple(
+        x.detach().to(DEVICE).requires_grad_()
+        for x in make_inputs(recurrence, batch, steps, width, dtype, shift)
+    )
+    h0 = torch.randn(batch, width, device=DEVICE, requires_grad=True)
+    reset = make_reset(batch, steps, where)
+    reset = None if reset is None else reset.to(DEVICE)
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    exact_h0 = h0.detach().double().requires_grad_()
+    expected = outputs_and_gradients(recurrence, exact, exact_h0, reset, "definition")
+    actual = outputs_and_gradients(recurrence, inputs, h0, reset, "triton")
+    state = torch.float32
+    assert [x.dtype for x in actual] == [dtype, state, state, *(dtype for _ in inputs)]
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Chunks of so many steps, at every level of the carry."""
+    monkeypatch.setattr(gpu, "CHUNKS", (steps,))
+
+
+@pytest.mark.parametrize("where", ["none", "edges"])
+@pytest.mark.parametrize(("steps", "chunk"), [(1, 64), (30, 9), (70, 64)])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_equals_definition(name, steps, chunk, where, monkeypatch):
+    """Chunks that T is no multiple of, rows and channels that no group divides."""
+    cut(monkeypatch, chunk)
+    compare(name, (2, steps, 130), torch.float32, where, shift=steps % 3 - 1)
+
+
+def test_maps_of_maps_of_chunks(monkeypatch):
+    cut(monkeypatch, 4)
+    compare("linear", (1, 150, 20), torch.float32, "random")
+    compare("mingru", (1, 75, 20), torch.float32, "random")
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("shift", [8, -8])
+def test_gates_at_their_ends(name, shift):
+    compare(name, (1, 40, 20), torch.float32, shift=shift, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_bf16_keeps_fp32_state(name):
+    compare(name, (1, 70, 48), torch.bfloat16, "edges", shift=2, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_one_chunk_where_channels_fill_the_device(name, monkeypatch):
+    """The serial form: no aggregate pass."""
+    monkeypatch.setattr(gpu, "SERIAL_CHANNELS", 1)
+    monkeypatch.setattr(gpu, "_summarize", None)
+    compare(name, (1, 37, 20), torch.float32, "random")
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_spans_compose_like_the_chunked_form(name, monkeypatch):
+    """summarize and summarize_backward, which the exchange between devices uses."""
+    cut(monkeypatch, 8)
+    recurrence = RECURRENCES[name]
+    inputs = tuple(x.detach().to(DEVICE) for x in make_inputs(recurrence, 2, 30, 20, torch.float32))
+    reset = make_reset(2, 30, "edges")
+    grad_h = torch.randn(2, 30, 20, device=DEVICE)
+    for mask in (None, reset.to(DEVICE)):
+        for got, want in (
+            [operators.summarize(b, recurrence, inputs, mask) for b in ("triton", "chunked")],
+            [
+                operators.summarize_backward(b, recurrence, inputs, grad_h, mask)
+                for b in ("triton", "chunked")
+            ],
+        ):
+            torch.testing.assert_close(got.decay, want.decay, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got.state, want.state, rtol=1e-4, atol=1e-5)
+            count = gpu.chunk_count(recurrence, inputs)
+            assert got.chunks.shape == (2, 2, count, 20)
+            assert count == 4
+
+
+def test_nan_is_not_hidden():
+    for name, recurrence in RECURRENCES.items():
+        inputs = make_inputs(recurrence, 1, 40, 20, torch.float32)
+        inputs = tuple(x.detach().to(DEVICE) for x in inputs)
+        for x in inputs:
+            x[0, 7, :] = float("nan")
+        h, _ = scan(recurrence, inputs, backend="triton")
+        assert h[0, :7].isfinite().all(), name
+        assert h[0, 7:].isnan().all(), name
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    """T * H beyond 32 bits: the last steps are where an overflowing offset would show."""
+    steps, width = 2**20 + 3, 2048
+    kv = torch.zeros(1, steps, 2 * width, dtype=torch.bfloat16, device=DEVICE)
+    kv[:, -64:] = torch.randn(1, 64, 2 * width, device=DEVICE)
+    h, _ = scan(RECURRENCES["mingru"], (kv,), backend="triton")
+    tail, _ = scan(RECURRENCES["mingru"], (kv[:, -4096:],), backend="chunked")
+    torch.testing.assert_close(h[:, -64:], tail[:, -64:], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_ahead_without_spills(capability):
+    """No GPU needed: registers and spills of every kernel as it would run in bf16."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, script, str(capability)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    usage = json.loads(done.stdout.splitlines()[-1])
+    assert len(usage) == 4 * 3 + 1  # every recurrence's three kernels, and the carry's
+    for kernel, figures in usage.items():
+        assert figures["spilled_bytes"] == 0, (kernel, figures)
+        assert figures["registers"] <= 168, (kernel, figures)  # twelve warps to a quarter processor
+        assert figures["narrowest_load"] >= 64, (kernel, figures)  # four bf16 to a lane

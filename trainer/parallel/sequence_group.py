@@ -1,0 +1,124 @@
+"""The ranks that hold one sequence between them, and the collectives among them.
+
+Each collective is a torch operator: activation checkpointing can name it and keep its small result,
+so that no exchange is run twice (recompute.py), and the compiler does not trace into it.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.library import custom_op
+
+
+@dataclass
+class ExchangeMeter:
+    """What the exchanges between the ranks of one sequence cost this rank.
+
+    `seconds` is the wall time inside the collectives, waiting for slower ranks included; on CUDA
+    the calls return before the work is done and only their launch is seen. `sent_bytes` counts the
+    payload this rank gives into each collective.
+    """
+
+    seconds: float = 0.0
+    sent_bytes: int = 0
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and bytes since the last call."""
+        taken = self.seconds, self.sent_bytes
+        self.seconds, self.sent_bytes = 0.0, 0
+        return taken
+
+    def add(self, start: float, sent: Tensor | None) -> None:
+        """A collective that began at `start` and into which this rank gave `sent`."""
+        self.seconds += time.perf_counter() - start
+        if sent is not None:
+            self.sent_bytes += sent.numel() * sent.element_size()
+
+
+class SequenceGroup:
+    """The SP group: the ranks that hold one sequence between them, in order.
+
+    The methods are the only collectives of the sequence dimension, each metered.
+    """
+
+    def __init__(self, rank: int, ranks: list[int], group: Any) -> None:
+        self.rank = rank  # within the group
+        self.ranks = ranks  # global ranks
+        self.group = group
+        self.meter = ExchangeMeter()
+        self.name = f"sequence-{next(_NUMBERS)}"  # operators take no objects
+        _GROUPS[self.name] = self
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [...] of every rank as [P, ...], in rank order."""
+        return _all_gather(x, self.name)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """x of the rank `source` of the group, on every rank; a new tensor."""
+        return _broadcast(x, source, self.name)
+
+    def shift(self, x: Tensor, step: int) -> Tensor | None:
+        """x of the rank `step` places to the left (negative: to the right); None past the end."""
+        received = _shift(x, step, self.name)
+        return received if 0 <= self.rank - step < self.size else None
+
+
+_NUMBERS = count()
+_GROUPS: WeakValueDictionary[str, SequenceGroup] = WeakValueDictionary()
+
+
+@custom_op("longhaul::all_gather", mutates_args=())
+def _all_gather(x: Tensor, group: str) -> Tensor:
+    sequence, start = _GROUPS[group], time.perf_counter()
+    x = x.contiguous()
+    gathered = x.new_empty(sequence.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x, group=sequence.group)
+    sequence.meter.add(start, x)
+    return gathered.view(sequence.size, *x.shape)
+
+
+@_all_gather.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(_GROUPS[group].size, *x.shape)
+
+
+@custom_op("longhaul::broadcast", mutates_args=())
+def _broadcast(x: Tensor, source: int, group: str) -> Tensor:
+    sequence, start = _GROUPS[group], time.perf_counter()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(x, sequence.ranks[source], group=sequence.group)
+    sequence.meter.add(start, x if sequence.rank == source else None)
+    return x
+
+
+@custom_op("longhaul::shift", mutates_args=())
+def _shift(x: Tensor, step: int, group: str) -> Tensor:
+    """What is received, uninitialised where there is nobody to receive from."""
+    sequence, start = _GROUPS[group], time.perf_counter()
+    x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    source, target = sequence.rank - step, sequence.rank + step
+    operations, sends = [], 0 <= target < sequence.size
+    if sends:
+        operations.append(dist.P2POp(dist.isend, x, sequence.ranks[target], sequence.group))
+    if 0 <= source < sequence.size:
+        operations.append(dist.P2POp(dist.irecv, received, sequence.ranks[source], sequence.group))
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
+    sequence.meter.add(start, x if sends else None)
+    return received
+
+
+@_broadcast.register_fake
+@_shift.register_fake
+def _(x: Tensor, place: int, group: str) -> Tensor:
+    return x.new_empty(x.shape)
