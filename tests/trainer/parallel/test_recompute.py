@@ -1,0 +1,111 @@
+"""Activation checkpointing: the same gradients, blocks run twice, exchanges once."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.config import MIXER_NAMES, ModelConfig
+from models.lm import LanguageModel
+from tests.distributed import run_distributed
+from tests.models.scan.cases import RECURRENCES, make_inputs
+from tests.trainer.runs import figures, train_here
+from trainer.parallel.recompute import KEPT, recompute_blocks
+from trainer.parallel.sharded import parallelize
+from trainer.parallel.topology import Topology
+from trainer.parallel.two_level_scan import two_level_scan
+
+
+class CountOperators(TorchDispatchMode):
+    """How often each of our operators runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "longhaul":
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _one_step(mixer: str, recompute: bool) -> tuple[list[Tensor], Counter[str], int]:
+    """Gradients, operator calls and bytes sent by forward and backward of a sharded model."""
+    torch.manual_seed(0)
+    topology = Topology(sp_size=2)
+    model = LanguageModel(ModelConfig(vocab_size=11, width=8, layers=3, mixer=mixer))
+    parallelize(model, topology)
+    if recompute:
+        recompute_blocks(model)
+    tokens = torch.randint(11, (2, 32))[:, topology.rank * 16 :][:, :16]
+    counter = CountOperators()
+    with counter:
+        logits, _ = model(tokens)
+        logits.square().sum().backward()
+    sent = topology.sequence.meter.take()[1]
+    return [p.grad for p in model.parameters()], counter.counts, sent
+
+
+def _check(mixer: str) -> None:
+    plain, once, sent = _one_step(mixer, recompute=False)
+    again, twice, sent_again = _one_step(mixer, recompute=True)
+    for got, want in zip(again, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert sent_again == sent > 0
+    layers = 3
+    assert once["longhaul::scan_forward"] == layers
+    assert twice["longhaul::scan_forward"] == 2 * layers
+    for operator in KEPT:
+        assert once[operator.name()] == twice[operator.name()] > 0, operator
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_exchanges_run_once(mixer):
+    run_distributed(_check, 2, mixer)
+
+
+def _train_both(config_file, stage: int) -> list:
+    runs = []
+    for recompute in (False, True):
+        overrides = [
+            "parallel.sp=2",
+            f"deepspeed.zero_stage={stage}",
+            f"train.recompute={recompute}",
+            f"run.dir={config_file.parent / f'recompute-{recompute}'}",
+        ]
+        runs.append(figures(train_here(config_file, overrides)))
+    return runs
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_is_the_same(config_file, stage):
+    kept, recomputed = run_distributed(_train_both, 2, config_file, stage)[0]
+    assert len(kept) == 5
+    torch.testing.assert_close(torch.tensor(recomputed), torch.tensor(kept), rtol=1e-6, atol=0)
+
+
+def _compile() -> None:
+    group = Topology(sp_size=2).sequence
+    for name, recurrence in RECURRENCES.items():
+        inputs = make_inputs(recurrence, 2, 16, 3, torch.float32)
+        h0 = torch.randn(2, 3, requires_grad=True)
+
+        def loss(h0: Tensor, *inputs: Tensor, recurrence: Any = recurrence) -> Tensor:
+            h, h_last = two_level_scan(recurrence, inputs, h0, group)
+            return h.square().sum() + h_last.sum()
+
+        leaves = (h0, *inputs)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        got, want = compiled(*leaves), loss(*leaves)
+        torch.testing.assert_close(got, want, msg=name)
+        for actual, expected in zip(
+            torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, msg=name)
+
+
+def test_the_sharded_scan_compiles_to_one_graph():
+    run_distributed(_compile, 2)
