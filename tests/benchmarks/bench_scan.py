@@ -1,0 +1,352 @@
+"""The scan against the memory limit and against its peers.
+
+    python -m tests.benchmarks.bench_scan [--quick]
+
+First a gate: every implementation of ours must equal the loop in fp64. Then, for each shape, passes
+in turn, each beside the limit measured at that moment: torch.add on a CPU (two reads and a write),
+a copy on a GPU. A share is (bytes the pass must move / its time) over the limit's bytes per second;
+bytes are inputs read and outputs written once, whatever an implementation really moves. Medians of
+paired runs, freed memory kept as a worker keeps it (trainer/memory.py).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.scan import RECURRENCES, Inputs, choose_backend, operators, reference, scan
+from tests.benchmarks import results
+from tests.benchmarks.plot import plot_lines
+from trainer.memory import keep_freed_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = (
+    [(1, 1 << 20, 1024), (32, 4096, 1024)]
+    if DEVICE == "cuda"
+    else [(1, 65536, 256), (8, 4096, 512)]
+)
+SWEEP = [
+    (1, 1 << n, SHAPES[0][2]) for n in (range(10, 21, 2) if DEVICE == "cuda" else range(10, 17, 2))
+]
+PASSES = ("forward", "backward", "forward+backward")
+# Least shares of the limit, forward and backward: the project's targets on a CPU in fp32.
+TARGETS = {"linear": (0.85, 0.75), "mingru": (0.6, 0.6), "minlstm": (0.6, 0.6)}
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One recurrence on one shape, with everything that a pass may read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        batch, steps, width = self.shape
+        self.recurrence = RECURRENCES[self.name]
+        parts = [self.recurrence.parts * width] * (2 if self.name == "linear" else 1)
+        inputs = [torch.randn(batch, steps, n, device=DEVICE) for n in parts]
+        if self.name == "linear":
+            inputs[0].sigmoid_()
+        self.inputs: Inputs = tuple(x.to(self.dtype).requires_grad_() for x in inputs)
+        self.h_in = torch.zeros(batch, width, device=DEVICE)
+        self.grad_h = torch.randn(self.shape, device=DEVICE).to(self.dtype)
+
+    def bytes_moved(self, which: str) -> int:
+        """Of a pass that reads its inputs once and writes its outputs once."""
+        inputs = sum(x.nbytes for x in self.inputs)
+        forward = inputs + self.grad_h.nbytes  # h is as large as its gradient
+        backward = 2 * inputs + 2 * self.grad_h.nbytes  # the inputs, h, its gradient; gradients
+        return {"forward": forward, "backward": backward}.get(which, forward + backward)
+
+
+def ours(case: Case, which: str, backend: str) -> Run:
+    inputs = tuple(x.detach() for x in case.inputs)
+    if which == "forward":
+        return lambda: operators.forward(backend, case.recurrence, inputs, case.h_in, None)
+    if which == "backward":
+        h, _ = operators.forward(backend, case.recurrence, inputs, case.h_in, None)
+        grads = (case.grad_h, torch.zeros_like(case.h_in))
+        return lambda: operators.backward(
+            backend, case.recurrence, inputs, h, case.h_in, *grads, None
+        )
+    return _with_gradient(case, lambda *x: scan(case.recurrence, x, case.h_in, backend=backend)[0])
+
+
+def _with_gradient(case: Case, forward: Callable[..., Tensor]) -> Run:
+    return lambda: torch.autograd.grad(forward(*case.inputs), case.inputs, case.grad_h)
+
+
+def _peer(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
+    """A peer that torch differentiates: its backward cannot be timed alone."""
+    if which == "forward":
+        return torch.no_grad()(lambda: forward(*case.inputs))
+    return _with_gradient(case, forward) if which == "forward+backward" else None
+
+
+def log_space(case: Case, which: str) -> Run | None:
+    """The paper's parallel form, with plain torch."""
+    if case.name != "mingru" or case.dtype != torch.float32:
+        return None
+    return _peer(case, which, lambda kv: reference.mingru_log_space(kv)[0])
+
+
+def mingru_pytorch(case: Case, which: str) -> Run | None:
+    """minGRU-pytorch from PyPI, without its projections: the gates and its scan."""
+    package = import_module("minGRU_pytorch.minGRU")
+    if case.name != "mingru" or case.dtype != torch.float32:
+        return None
+
+    def forward(kv: Tensor) -> Tensor:
+        gate, hidden = kv.chunk(2, dim=-1)
+        values = -F.softplus(-gate) + package.log_g(hidden)
+        return package.heinsen_associative_scan_log(-F.softplus(gate), values)
+
+    return _peer(case, which, forward)
+
+
+def chunk_hgrn(case: Case, which: str) -> Run | None:
+    """flash-linear-attention's chunked kernel; gates given as logarithms."""
+    function = import_module("fla.ops.hgrn").chunk_hgrn
+    return _gpu_linear(case, which, lambda a, b: function(b, a.log())[0])
+
+
+def fused_recurrent_hgrn(case: Case, which: str) -> Run | None:
+    """flash-linear-attention's sequential kernel; gates given as logarithms."""
+    function = import_module("fla.ops.hgrn").fused_recurrent_hgrn
+    return _gpu_linear(case, which, lambda a, b: function(b, a.log())[0])
+
+
+def accelerated_scan(case: Case, which: str) -> Run | None:
+    """accelerated-scan's warp kernel, in its own layout [B, H, T]."""
+    function = import_module("accelerated_scan.warp").scan
+    if case.name != "linear":
+        return None
+    a, b = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in case.inputs)
+    grad = case.grad_h.transpose(1, 2).contiguous()
+    if which == "forward":
+        return torch.no_grad()(lambda: function(a, b))
+    if which == "backward":
+        return None
+    return lambda: torch.autograd.grad(function(a, b), (a, b), grad)
+
+
+def selective_scan(case: Case, which: str) -> Run | None:
+    """mamba's kernel with a state of one; it has its own exponential in front."""
+    function = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    if case.name != "linear":
+        return None
+    b = case.inputs[1].detach().transpose(1, 2).contiguous().requires_grad_()
+    delta = torch.rand_like(b)
+    A = -torch.ones(b.shape[1], 1, device=DEVICE)
+    ones = torch.ones(b.shape[0], 1, b.shape[2], device=DEVICE, dtype=b.dtype)
+    grad = case.grad_h.transpose(1, 2).contiguous()
+    if which == "forward":
+        return torch.no_grad()(lambda: function(b, delta, A, ones, ones))
+    if which == "backward":
+        return None
+    return lambda: torch.autograd.grad(function(b, delta, A, ones, ones), b, grad)
+
+
+def _gpu_linear(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
+    return _peer(case, which, forward) if case.name == "linear" else None
+
+
+PEERS: dict[str, Callable[[Case, str], Run | None]] = {
+    "log-space": log_space,
+    "minGRU-pytorch": mingru_pytorch,
+}
+if DEVICE == "cuda":
+    PEERS |= {
+        "FLA chunk_hgrn": chunk_hgrn,
+        "FLA fused_recurrent_hgrn": fused_recurrent_hgrn,
+        "accelerated-scan": accelerated_scan,
+        "mamba selective_scan": selective_scan,
+    }
+
+
+def contenders(case: Case, which: str) -> tuple[dict[str, Run], dict[str, str]]:
+    """What can run this pass, ours first, and why the others cannot."""
+    backend = choose_backend("auto", case.inputs)
+    runs, missing = {backend: ours(case, which, backend)}, {}
+    if case.shape[1] <= 1 << 16:
+        runs["chunked"] = ours(case, which, "chunked")
+    for name, peer in PEERS.items():
+        try:
+            run = peer(case, which)
+            if run:
+                run()
+                runs[name] = run
+        except ImportError as error:
+            missing[name] = f"not installed ({error.name})"
+        except (RuntimeError, AssertionError, torch.OutOfMemoryError) as error:
+            missing[name] = f"fails at {case.shape}: {str(error).splitlines()[0][:80]}"
+    return runs, missing
+
+
+def gate() -> None:
+    """Refuse to time what is wrong."""
+    for name, recurrence in RECURRENCES.items():
+        case = Case(name, torch.float32, (2, 3000, 70))
+        backend = choose_backend("auto", case.inputs)
+        exact = tuple(x.detach().double().requires_grad_() for x in case.inputs)
+        want = scan(recurrence, exact, case.h_in.double(), backend="reference")[0]
+        want_grads = torch.autograd.grad(want, exact, case.grad_h.double())
+        got = scan(recurrence, case.inputs, case.h_in, backend=backend)[0]
+        got_grads = torch.autograd.grad(got, case.inputs, case.grad_h)
+        for a, e in zip((got, *got_grads), (want, *want_grads), strict=True):
+            error = float((a.double() - e).norm() / e.norm())
+            if not error < 1e-5:
+                raise SystemExit(f"{backend} {name} is wrong by {error:.1e}: nothing is timed")
+
+
+class Limit:
+    """Bytes per second of the memory, on tensors as large as one state of the case."""
+
+    def __init__(self, case: Case) -> None:
+        count = case.grad_h.nbytes // 4
+        self.a, self.b, self.out = (torch.rand(count, device=DEVICE) for _ in range(3))
+        self.bytes = (2 if DEVICE == "cuda" else 3) * self.out.nbytes
+
+    def __call__(self) -> None:
+        if DEVICE == "cuda":
+            self.out.copy_(self.a)
+        else:
+            torch.add(self.a, self.b, out=self.out)
+
+
+def seconds(run: Run) -> float:
+    if DEVICE == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, which: str, repeats: int, missing: dict[str, str]) -> list[dict[str, Any]]:
+    """A row per implementation: medians over repeats, each run beside the limit of its moment."""
+    runs, absent = contenders(case, which)
+    missing.update(absent)
+    limit = Limit(case)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    shares: dict[str, list[float]] = {name: [] for name in runs}
+    limits: list[float] = []
+    for run in (limit, *runs.values()):
+        seconds(run)
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            if repeat >= 3 and statistics.median(times[name]) > 0.5:
+                continue  # slow peers: three runs are enough
+            rate = limit.bytes / min(seconds(limit), seconds(limit))
+            times[name].append(seconds(run))
+            shares[name].append(case.bytes_moved(which) / times[name][-1] / rate)
+            limits.append(rate)
+    first = statistics.median(next(iter(times.values())))
+    batch, steps, width = case.shape
+    return [
+        {
+            "recurrence": case.name,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "B": batch,
+            "T": steps,
+            "H": width,
+            "pass": which,
+            "implementation": name,
+            "ms": round(statistics.median(times[name]) * 1e3, 3),
+            "GB/s": round(case.bytes_moved(which) / statistics.median(times[name]) / 1e9, 2),
+            "limit GB/s": round(statistics.median(limits) / 1e9, 1),
+            "share of limit": round(statistics.median(shares[name]), 3),
+            "spread": f"{min(shares[name]):.2f}-{max(shares[name]):.2f}",
+            "times ours": round(statistics.median(times[name]) / first, 1),
+            "repeats": len(times[name]),
+        }
+        for name in runs
+    ]
+
+
+def verdicts(rows: list[dict[str, Any]]) -> str:
+    """The project's targets beside what was measured, in words."""
+    lines = []
+    for row in rows:
+        index = {"forward": 0, "backward": 1}.get(row["pass"])
+        if DEVICE == "cpu" and row["implementation"] == "native" and row["dtype"] == "float32":
+            if index is None or row["recurrence"] not in TARGETS:
+                continue
+            target, share = TARGETS[row["recurrence"]][index], row["share of limit"]
+            place = f"({row['B']}, {row['T']}, {row['H']})"
+            word = "met" if share >= target else "MISSED"
+            lines.append(
+                f"- {row['recurrence']} {row['pass']} at {place}: {share:.0%} of the limit, "
+                f"target {target:.0%}: {word}"
+            )
+        if row["implementation"] in ("log-space", "minGRU-pytorch") and row["pass"] != "backward":
+            target = 50 if row["pass"] == "forward" else 30
+            place = f"({row['B']}, {row['T']}, {row['H']})"
+            word = "met" if row["times ours"] >= target else "MISSED"
+            lines.append(
+                f"- {row['implementation']} {row['pass']} at {place} takes {row['times ours']} "
+                f"times ours, target {target}: {word}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
+    parser.add_argument("--repeats", type=int, default=25)
+    options = parser.parse_args()
+    keep_freed_memory()
+    gate()
+    shapes, repeats, dtypes = SHAPES, options.repeats, [torch.float32, torch.bfloat16]
+    if options.quick:
+        shapes, repeats, dtypes = [(1, 4096, 64)], 3, [torch.float32]
+    missing: dict[str, str] = {}
+    rows = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for name in ("linear", "mingru", "minlstm"):
+                case = Case(name, dtype, shape)
+                for which in PASSES:
+                    rows += measure(case, which, repeats, missing)
+                    print(results.table(rows[-1:]).splitlines()[-1], flush=True)
+                del case
+    text = "# The scan against the memory limit and its peers\n\n" + results.circumstances()
+    text += "".join(f"- peer {name}: {reason}\n" for name, reason in missing.items())
+    text += "\nTargets, and what was measured:\n\n" + verdicts(rows) + "\n" + results.table(rows)
+    print(text)
+    if options.quick:
+        return
+    results.write_csv("scan", rows)
+    results.result_path("scan", ".md").write_text(text)
+    series: dict[str, list[tuple[float, float]]] = {"memory limit": []}
+    for shape in SWEEP:
+        case = Case("mingru", torch.float32, shape)
+        for row in measure(case, "forward+backward", min(repeats, 9), missing):
+            series.setdefault(row["implementation"], []).append((row["T"], row["GB/s"]))
+        series["memory limit"].append((row["T"], row["limit GB/s"]))
+    plot_lines(
+        results.result_path("scan", ".png"),
+        series,
+        title=f"minGRU scan, forward and backward, fp32, B=1, H={SWEEP[0][2]} ({results.hardware()})",
+        x="tokens T",
+        y="useful GB/s",
+        reference="memory limit",
+    )
+
+
+if __name__ == "__main__":
+    main()
