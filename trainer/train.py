@@ -70,9 +70,7 @@ def train(config: Config, report: Report) -> None:
 
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
-    parallelize(model, topology)
-    if config.train.recompute:
-        recompute_blocks(model)
+    prepare_model(model, config, topology)
     warn = partial(_warn, report)
     found = checkpoint.find(run, topology, warn)
     engine = Engine(model, config, topology, device, resume=found)
@@ -142,6 +140,13 @@ def train(config: Config, report: Report) -> None:
     if topology.rank == 0:
         report({"event": "end", "step": step, "steps": config.train.steps})
     engine.destroy()
+
+
+def prepare_model(model: LanguageModel, config: Config, topology: Topology) -> None:
+    """What is done to a model from outside, before DeepSpeed wraps it."""
+    parallelize(model, topology)
+    if config.train.recompute:
+        recompute_blocks(model)
 
 
 def _open_stream(config: Config, split: str) -> TokenStream:

@@ -27,14 +27,8 @@ from tests.benchmarks.plot import plot_lines
 from trainer.memory import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = (
-    [(1, 1 << 20, 1024), (32, 4096, 1024)]
-    if DEVICE == "cuda"
-    else [(1, 65536, 256), (8, 4096, 512)]
-)
-SWEEP = [
-    (1, 1 << n, SHAPES[0][2]) for n in (range(10, 21, 2) if DEVICE == "cuda" else range(10, 17, 2))
-]
+SHAPES = {"cuda": [(1, 1 << 20, 1024), (32, 4096, 1024)], "cpu": [(1, 65536, 256), (8, 4096, 512)]}
+LENGTHS = {"cuda": range(10, 21, 2), "cpu": range(10, 17, 2)}  # of the plot, in powers of two
 PASSES = ("forward", "backward", "forward+backward")
 # Least shares of the limit, forward and backward: the project's targets on a CPU in fp32.
 TARGETS = {"linear": (0.85, 0.75), "mingru": (0.6, 0.6), "minlstm": (0.6, 0.6)}
@@ -65,7 +59,8 @@ class Case:
         """Of a pass that reads its inputs once and writes its outputs once."""
         inputs = sum(x.nbytes for x in self.inputs)
         forward = inputs + self.grad_h.nbytes  # h is as large as its gradient
-        backward = 2 * inputs + 2 * self.grad_h.nbytes  # the inputs, h, its gradient; gradients
+        read = self.inputs[0].nbytes + 2 * self.grad_h.nbytes  # of "linear" a alone
+        backward = read + inputs
         return {"forward": forward, "backward": backward}.get(which, forward + backward)
 
 
@@ -251,8 +246,9 @@ def measure(case: Case, which: str, repeats: int, missing: dict[str, str]) -> li
         for name, run in runs.items():
             if repeat >= 3 and statistics.median(times[name]) > 0.5:
                 continue  # slow peers: three runs are enough
-            rate = limit.bytes / min(seconds(limit), seconds(limit))
+            before = seconds(limit)
             times[name].append(seconds(run))
+            rate = 2 * limit.bytes / (before + seconds(limit))
             shares[name].append(case.bytes_moved(which) / times[name][-1] / rate)
             limits.append(rate)
     first = statistics.median(next(iter(times.values())))
@@ -311,7 +307,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     gate()
-    shapes, repeats, dtypes = SHAPES, options.repeats, [torch.float32, torch.bfloat16]
+    shapes, repeats, dtypes = SHAPES[DEVICE], options.repeats, [torch.float32, torch.bfloat16]
     if options.quick:
         shapes, repeats, dtypes = [(1, 4096, 64)], 3, [torch.float32]
     missing: dict[str, str] = {}
@@ -333,15 +329,16 @@ def main() -> None:
     results.write_csv("scan", rows)
     results.result_path("scan", ".md").write_text(text)
     series: dict[str, list[tuple[float, float]]] = {"memory limit": []}
-    for shape in SWEEP:
-        case = Case("mingru", torch.float32, shape)
+    width = shapes[0][2]
+    for power in LENGTHS[DEVICE]:
+        case = Case("mingru", torch.float32, (1, 1 << power, width))
         for row in measure(case, "forward+backward", min(repeats, 9), missing):
             series.setdefault(row["implementation"], []).append((row["T"], row["GB/s"]))
         series["memory limit"].append((row["T"], row["limit GB/s"]))
     plot_lines(
         results.result_path("scan", ".png"),
         series,
-        title=f"minGRU scan, forward and backward, fp32, B=1, H={SWEEP[0][2]} ({results.hardware()})",
+        title=f"minGRU scan, forward and backward, fp32, B=1, H={width} ({results.hardware()})",
         x="tokens T",
         y="useful GB/s",
         reference="memory limit",

@@ -1,0 +1,123 @@
+"""Where a training step's time goes.
+
+    python -m tests.benchmarks.bench_step [CONFIG] [key=value ...]
+
+Runs the trainer's own forward, backward and optimizer step on one process and random tokens, with
+the shard that one worker of CONFIG has. First steps unprofiled, for the time; then a few under
+torch's profiler, for the share of each part. The exchange and the reading of data take no part:
+metrics.jsonl of a run has both.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from models.flops import parameters, training_flops_per_token
+from models.lm import LanguageModel
+from tests.benchmarks import results
+from trainer.config import Config, load_config
+from trainer.data import MicroBatch
+from trainer.engine import Engine
+from trainer.memory import keep_freed_memory, peak_memory_bytes
+from trainer.parallel.topology import Topology, initialize_distributed
+from trainer.train import _accumulate, prepare_model
+
+# Part of a step <- words in an operator's name; the first that matches.
+PARTS = {
+    "optimizer": ("adam", "foreach"),
+    "scan": ("longhaul::scan",),
+    "loss": ("log_softmax", "gather", "scatter", "summedcrossentropy"),
+    "matrix products": ("mm", "linear", "matmul", "dot"),
+    "norms": ("rms_norm", "rsqrt", "mean", "pow"),
+    "embedding": ("embedding", "index"),
+    "reductions": ("sum", "norm"),
+    "copies and casts": ("copy", "cat", "clone", "_to_", "fill", "zero", "contiguous", "empty"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = load_config(options.config, options.overrides)
+        shard = whole.train.seq_len // whole.parallel.sp
+        alone = ["parallel.sp=1", "launch.workers=1", f"run.dir={folder}"]
+        alone += [f"train.seq_len={shard}", f"train.batch_size={whole.train.micro_batch_size}"]
+        print(
+            json.dumps(
+                _profile(load_config(options.config, [*options.overrides, *alone]), options.steps)
+            )
+        )
+
+
+def _profile(config: Config, steps: int) -> dict[str, Any]:
+    device = initialize_distributed(60, use_gpu=torch.cuda.is_available())
+    topology = Topology(1)
+    torch.manual_seed(0)
+    model = LanguageModel(config.model)
+    prepare_model(model, config, topology)
+    engine = Engine(model, config, topology, device)
+    shape = config.train.micro_batch_size, config.train.seq_len + 1
+    tokens = torch.randint(config.model.vocab_size, shape)
+    batch = [MicroBatch(tokens[:, :-1], tokens[:, 1:], None)]
+
+    def step() -> None:
+        _accumulate(engine, batch, config, device)
+        engine.step(1e-4)
+
+    for _ in range(3):
+        step()
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    parts: dict[str, float] = defaultdict(float)
+    operators: dict[str, float] = {}
+    for event in profiler.key_averages():
+        operators[event.key] = event.self_cpu_time_total
+        name = event.key.lower()
+        part = next(
+            (p for p, words in PARTS.items() if any(w in name for w in words)), "elementwise"
+        )
+        parts[part] += event.self_cpu_time_total
+    total = sum(parts.values())
+    median = statistics.median(seconds)
+    count = shape[0] * (shape[1] - 1)
+    return {
+        "hardware": results.hardware(),
+        "threads": torch.get_num_threads(),
+        "dtype": config.train.dtype,
+        "parameters": parameters(config.model),
+        "tokens": count,
+        "step_seconds": round(median, 4),
+        "spread": [round(min(seconds), 4), round(max(seconds), 4)],
+        "tokens_per_second": round(count / median),
+        "gflops": round(training_flops_per_token(config.model) * count / median / 1e9, 1),
+        "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
+        "share": {p: round(t / total, 3) for p, t in sorted(parts.items(), key=lambda x: -x[1])},
+        "largest": {
+            name: round(time / total, 3)
+            for name, time in sorted(operators.items(), key=lambda x: -x[1])[:14]
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
