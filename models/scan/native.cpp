@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t BLOCK = 512;      // channels at a time: their states fit L1 many times
 constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's own stream
-constexpr int64_t PAGE = 4096;      // bytes of a row that a thread wants for itself: see `run`
+constexpr int64_t PIECE = 512;      // bytes of a row that a thread wants for itself: see `run`
 constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
 constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
 
@@ -85,7 +85,7 @@ inline void store(bf16* p, Vec<float> x) {  // to nearest, ties to even; NaN sta
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
-// The same for `count` channels, fewer than the lanes at the end of a width that they do not divide.
+// The same for `count` channels, fewer than the lanes at the end of a width they do not divide.
 template <class T>
 inline auto load(const T* p, int64_t count) {
   constexpr int64_t lanes = LANES<std::conditional_t<sizeof(T) == 8, double, float>>;
@@ -260,13 +260,18 @@ struct Arguments {
 
 
 // Steps [begin, end) of channels [first, first + width) of one row of the batch. While it is read,
-// the inputs `ahead` steps further on are fetched: into L1 from the thread's own stream, or, DISTANT,
-// into L2 the tile that the thread reads next.
+// what comes later is fetched. With DISTANT false, into L1, the same channels `ahead` steps on. With
+// DISTANT true, into L2, a part of this thread's next tile: all channels of a few steps, which begin
+// `next` elements on, because memory is fastest in whole rows.
 template <bool DISTANT>
 struct Tile {
-  int64_t row, begin, end, first, width, ahead;
+  static constexpr bool distant = DISTANT;
+  int64_t row, begin, end, first, width, ahead, next;
 
   static inline void fetch(const void* p) { __builtin_prefetch(p, 0, DISTANT ? 2 : 3); }
+  static inline void fetch_to_write(void* p) {
+    if (DISTANT) __builtin_prefetch(p, 1, 2);  // the hardware does it for a thread's own stream
+  }
 };
 
 // Run body(channel, count of lanes) over n channels, a vector at a time.
@@ -288,15 +293,17 @@ struct Scan {
   // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
   template <bool WRITE, class Tile>
   void forward(const Tile& tile, S* state, S* decay) const {
-    const int64_t H = p.width, ahead = tile.ahead * H, start = tile.row * p.steps + tile.begin;
+    const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
     const T* x = static_cast<const T*>(p.x) + start * P * H + tile.first;
     const T* y = static_cast<const T*>(p.y) + (P == 1 ? start * H + tile.first : 0);
     T* out = static_cast<T*>(p.out) + (WRITE ? start * H + tile.first : 0);
-    for (int64_t t = tile.begin; t < tile.end; ++t, x += P * H, y += H, out += H) {
+    int64_t ahead = Tile::distant ? tile.next - tile.first / P : tile.ahead * H;
+    const int64_t W = Tile::distant ? tile.width : H;  // channels fetched per step
+    for (int64_t t = tile.begin; t < tile.end; ++t, x += P * H, y += H, out += H, ahead += W - H) {
       if (reset(tile.row, t))
         for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
-        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * H + P * ahead);
+        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * W + P * ahead);
         Gates<Vec<S>> gates;
         if constexpr (P == 1) {
           tile.fetch(y + c + ahead);
@@ -307,10 +314,12 @@ struct Scan {
         }
         const Vec<S> h = gates.a * load(state + c) + gates.b;
         store(state + c, h);
-        if constexpr (WRITE)
+        if constexpr (WRITE) {
+          tile.fetch_to_write(out + c + ahead);
           store(out + c, h, count);
-        else
+        } else {
           store(decay + c, Vec<S>(gates.a * load(decay + c)));
+        }
       });
     }
   }
@@ -343,14 +352,16 @@ struct Scan {
   // Write the gradients of the inputs; `state` is G, the gradient that flows from right to left.
   template <class Tile>
   void backward(const Tile& tile, S* state) const {
-    const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
+    const int64_t H = p.width, end = tile.row * p.steps + tile.end;
     const T* x = static_cast<const T*>(p.x) + end * P * H + tile.first;
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
     const T* h = static_cast<const T*>(p.h) + end * H + tile.first;
     T* dx = static_cast<T*>(p.out) + end * P * H + tile.first;
     T* dy = static_cast<T*>(p.out_y) + (P == 1 ? end * H + tile.first : 0);
     const S* h_in = static_cast<const S*>(p.h_in) + tile.row * H + tile.first;
-    for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
+    int64_t ahead = Tile::distant ? tile.next + tile.first / P : tile.ahead * H;
+    const int64_t W = Tile::distant ? tile.width : H;  // channels fetched per step
+    for (int64_t t = tile.end - 1; t >= tile.begin; --t, ahead += W - H) {
       x -= P * H;
       dx -= P * H;
       o -= H;
@@ -360,18 +371,21 @@ struct Scan {
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         tile.fetch(o + c - ahead);
         tile.fetch(h + c - ahead - H);
-        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * H - P * ahead);
+        for (int i = 0; i < P; ++i) tile.fetch(x + c + i * W - P * ahead);
         const Vec<S> q = load(o + c, count) + load(state + c);
         Vec<S> previous{}, a;  // previous: the state before the step
         if (!cleared) previous = t > 0 ? load(h + c - H, count) : load(h_in + c, count);
         if constexpr (P == 1) {
           a = load(x + c, count);
+          tile.fetch_to_write(dx + c - ahead);
+          tile.fetch_to_write(dy + c - ahead);
           store(dx + c, Vec<S>(q * previous), count);
           store(dy + c, q, count);
         } else {
           Vec<S> d0, d1, d2;
           a = R::backward(q, previous, load(x + c, count), load(x + c + H, count),
                           load(x + c + (P - 1) * H, count), &d0, &d1, &d2);
+          for (int i = 0; i < P; ++i) tile.fetch_to_write(dx + c + i * W - P * ahead);
           store(dx + c, d0, count);
           store(dx + c + H, d1, count);
           if constexpr (P == 3) store(dx + c + 2 * H, d2, count);
@@ -391,11 +405,11 @@ struct alignas(64) Aligned {
 
 // Run body(tile, state, decay) over all steps of all channels of all rows.
 //
-// With a row of the batch for every thread, or a page of every step's channels, each thread runs its
-// own from end to end. Otherwise the threads would share every page of memory in small pieces, and
-// the hardware would fetch for each of them what another one needs. So time is cut into tiles, dealt
-// to the threads in turn, and channels into groups: a thread runs its tile group by group, each as
-// soon as the tile before has left that group's state. Nothing is computed or read twice.
+// With a row of the batch for every thread, or long pieces of each step's channels, a thread runs
+// its own from end to end. Otherwise threads would share memory in short pieces, and the hardware
+// fetch for each of them what another one needs. So time is cut into tiles, dealt to the threads in
+// turn, and channels into groups: a thread runs its tile group by group, each as soon as the tile
+// before has left that group's state. Nothing is computed or read twice.
 template <class S, class Body>
 void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
   const int64_t H = p.width, row_bytes = H * element_bytes;
@@ -411,11 +425,11 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
     if (p.decay) std::memcpy(static_cast<S*>(p.decay) + row * H + first, decay, width * sizeof(S));
   };
   // Groups of whole vectors, as equal as can be, of which the last may be narrower.
-  const auto group_width = [&](int64_t groups) { return ((H + groups - 1) / groups + 15) / 16 * 16; };
+  const auto group_width = [&](int64_t n) { return ((H + n - 1) / n + 15) / 16 * 16; };
   const auto narrower = [](int64_t a, int64_t b) { return a < b ? a : b; };
 
   const int64_t length = TILE / H + 1, tiles = (p.steps + length - 1) / length;
-  if (p.batch >= p.threads || row_bytes / p.threads >= PAGE || tiles < 2 * p.threads) {
+  if (p.batch >= p.threads || row_bytes / p.threads >= PIECE || tiles < 2 * p.threads) {
     int64_t groups = (H + BLOCK - 1) / BLOCK;
     while (p.batch * groups < p.threads && H / (groups + 1) >= 16) ++groups;
     const int64_t width = group_width(groups);
@@ -426,7 +440,7 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
       const int64_t own = narrower(width, H - first);
       alignas(64) S state[BLOCK], decay[BLOCK];
       enter(row, first, own, state, decay);
-      const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1};
+      const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1, 0};
       body(tile, state, decay);
       leave(row, first, own, state, decay);
     }
@@ -451,7 +465,8 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
         for (int spins = 0; progress[g].tiles.load(std::memory_order_acquire) != n; ++spins)
           if (spins > 1000) sched_yield();  // more threads than processors
         if (n % tiles == 0) enter(row, first, own, state, decay);
-        const Tile<true> tile{row, begin, end, first, own, threads * length};
+        const int64_t ahead = threads * length, next = (ahead + g * (length / groups)) * H;
+        const Tile<true> tile{row, begin, end, first, own, ahead, next};
         body(tile, state, decay);
         if (n % tiles == tiles - 1) leave(row, first, own, state, decay);
         progress[g].tiles.store(n + 1, std::memory_order_release);
@@ -470,7 +485,8 @@ void run_kernel(int kernel, const Arguments& p) {
     case FORWARD:
       return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<true>(tile, h, A); });
     case SUMMARIZE:
-      return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<false>(tile, h, A); });
+      return start(false,
+                   [&](auto& tile, S* h, S* A) { scan.template forward<false>(tile, h, A); });
     case BACKWARD:
       return start(true, [&](auto& tile, S* G, S*) { scan.backward(tile, G); });
     case SUMMARIZE_BACKWARD:

@@ -55,7 +55,11 @@ def main() -> None:
         whole = load_config(options.config, options.overrides)
         shard = whole.train.seq_len // whole.parallel.sp
         alone = ["parallel.sp=1", "launch.workers=1", f"run.dir={folder}"]
-        alone += [f"train.seq_len={shard}", f"train.batch_size={whole.train.micro_batch_size}"]
+        alone += [
+            "evaluate.sequences=0",
+            f"train.seq_len={shard}",
+            f"train.batch_size={whole.train.micro_batch_size}",
+        ]
         print(
             json.dumps(
                 _profile(load_config(options.config, [*options.overrides, *alone]), options.steps)
