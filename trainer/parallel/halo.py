@@ -26,18 +26,16 @@ class _Halo(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.group = group
         ctx.set_materialize_grads(False)
-        received = group.shift(tail, 1)
-        return carry.clone() if received is None else received, group.broadcast(
-            tail, group.size - 1
-        )
+        return group.shift(tail, 1, carry), group.broadcast(tail, group.size - 1)
 
     @staticmethod
     def backward(
         ctx: Any, grad_halo: Tensor, grad_leaving: Tensor | None
     ) -> tuple[Tensor, Tensor | None, None]:
         group: SequenceGroup = ctx.group
-        grad_tail = group.shift(grad_halo, -1)
-        if grad_tail is None:  # the last rank: its tail went to the next segment
-            grad_tail = torch.zeros_like(grad_halo) if grad_leaving is None else grad_leaving
+        if grad_leaving is None:
+            grad_leaving = torch.zeros_like(grad_halo)
+        # the last rank's tail went to the next segment
+        grad_tail = group.shift(grad_halo, -1, grad_leaving)
         grad_carry = group.broadcast(grad_halo, 0) if ctx.needs_input_grad[1] else None
         return grad_tail, grad_carry, None

@@ -67,10 +67,12 @@ class SequenceGroup:
         """x of the rank `source` of the group, on every rank; a new tensor."""
         return _broadcast(x, source, self.name)
 
-    def shift(self, x: Tensor, step: int) -> Tensor | None:
-        """x of the rank `step` places to the left (negative: to the right); None past the end."""
-        received = _shift(x, step, self.name)
-        return received if 0 <= self.rank - step < self.size else None
+    def shift(self, x: Tensor, step: int, outside: Tensor) -> Tensor:
+        """x of the rank `step` places to the left (negative: to the right), a new tensor.
+
+        A copy of `outside`, of the same shape and dtype, where that is past the end.
+        """
+        return _shift(x, outside, step, self.name)
 
 
 _NUMBERS = count()
@@ -101,11 +103,14 @@ def _broadcast(x: Tensor, source: int, group: str) -> Tensor:
     return x
 
 
+# Every rank uses what the operators return, or the compiler of one rank would drop a collective
+# that others wait in: that is why a shift past the end is not None.
+
+
 @custom_op("longhaul::shift", mutates_args=())
-def _shift(x: Tensor, step: int, group: str) -> Tensor:
-    """What is received, uninitialised where there is nobody to receive from."""
+def _shift(x: Tensor, outside: Tensor, step: int, group: str) -> Tensor:
     sequence, start = _GROUPS[group], time.perf_counter()
-    x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, received = x.contiguous(), outside.clone(memory_format=torch.contiguous_format)
     source, target = sequence.rank - step, sequence.rank + step
     operations, sends = [], 0 <= target < sequence.size
     if sends:
@@ -119,6 +124,10 @@ def _shift(x: Tensor, step: int, group: str) -> Tensor:
 
 
 @_broadcast.register_fake
+def _(x: Tensor, source: int, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @_shift.register_fake
-def _(x: Tensor, place: int, group: str) -> Tensor:
+def _(x: Tensor, outside: Tensor, step: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
