@@ -33,9 +33,11 @@ def circumstances() -> str:
     """Markdown lines that say by what, where and from which commit a result was measured."""
     git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    spec = sys.modules["__main__"].__spec__
+    command = " ".join([spec.name if spec else "?", *sys.argv[1:]])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return (
-        f"- command: `python {' '.join(sys.argv)}`\n- commit: {commit}\n"
+        f"- command: `python -m {command}`\n- commit: {commit}\n"
         f"- hardware: {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n"
         f"- torch {torch.__version__}, Python {platform.python_version()}\n"
     )
