@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test soak lint lock setup clean
+.PHONY: train test soak bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -23,6 +23,14 @@ test: setup
 # Long proofs: workers killed at random moments.
 soak: setup
 	$(RUN) -m pytest -m soak
+
+# The figures of tests/benchmarks/results, measured again: about eight quiet minutes on two cores.
+bench: setup
+	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1
+	$(RUN) -m tests.benchmarks.bench_scan
+	$(RUN) -m tests.benchmarks.bench_exchange
+	$(RUN) -m tests.benchmarks.bench_step configs/demo.yaml train.dtype=fp32
+	$(RUN) -m tests.benchmarks.bench_step configs/demo.yaml train.dtype=bf16
 
 lint: setup
 	$(RUN) -m ruff check --fix .
