@@ -29,8 +29,8 @@ bench: setup
 	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1
 	$(RUN) -m tests.benchmarks.bench_scan
 	$(RUN) -m tests.benchmarks.bench_exchange
-	$(RUN) -m tests.benchmarks.bench_step configs/demo.yaml train.dtype=fp32
-	$(RUN) -m tests.benchmarks.bench_step configs/demo.yaml train.dtype=bf16
+	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
+	$(RUN) -m tests.benchmarks.bench_step
 
 lint: setup
 	$(RUN) -m ruff check --fix .

@@ -117,7 +117,8 @@ class _Progress:
             self._bar.close()
         print(
             f"{event['parameters']:,} parameters on {event['workers']} workers: dp={event['dp']}, "
-            f"sp={event['sp']}, {event['shard_tokens']:,} tokens of every sequence per worker"
+            f"sp={event['sp']}, {event['shard_tokens']:,} tokens of every sequence per worker, "
+            f"{event['scan']} scan"
             + (f"; resuming at step {event['step']}" if event["step"] else ""),
             flush=True,
         )

@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from torch import Tensor
 from data_prep.schema import TOKENIZER_NAME
 from models.flops import parameters
 from models.lm import LanguageModel
+from models.scan import choose_backend
 from trainer import checkpoint
 from trainer.config import Config, dump_config, info_faults
 from trainer.data import (
@@ -79,7 +81,7 @@ def train(config: Config, report: Report) -> None:
         step, consumed = found[1].step, found[1].sequences_consumed
         _check_resume(found[1], stream, config)
     if topology.rank == 0:
-        _describe_start(report, config, step)
+        _describe_start(report, config, device, step)
 
     writer = MetricsWriter(run, step) if topology.rank == 0 else None
     if topology.rank == 0:
@@ -350,7 +352,12 @@ def _write_result(
     partial_path.replace(run / "evaluation.json")
 
 
-def _describe_start(report: Report, config: Config, step: int) -> None:
+def _describe_start(report: Report, config: Config, device: torch.device, step: int) -> None:
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    with warnings.catch_warnings(record=True) as caught:
+        backend = choose_backend("auto", (torch.empty(0, dtype=dtype, device=device),))
+    for warning in caught:
+        _warn(report, str(warning.message))
     report(
         {
             "event": "start",
@@ -361,6 +368,7 @@ def _describe_start(report: Report, config: Config, step: int) -> None:
             "dp": config.dp,
             "sp": config.parallel.sp,
             "shard_tokens": config.shard_tokens,
+            "scan": backend,
         }
     )
 

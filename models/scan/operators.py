@@ -46,9 +46,8 @@ def _choose(name: str, device: str, dtype: torch.dtype) -> str:
         chosen = next(b for b in candidates if b not in faults)
         wanted = {"cuda": "triton", "cpu": "native"}.get(device, chosen)
         if chosen != wanted and dtype != torch.float64:
-            warnings.warn(
-                f"the scan runs in plain torch, many times slower: {faults[wanted]}", stacklevel=5
-            )
+            message = f"the scan runs in plain torch, many times slower: {faults[wanted]}"
+            warnings.warn(message, stacklevel=5)
         return chosen
     if name not in BACKENDS:
         known = ", ".join(["auto", "reference", *BACKENDS])

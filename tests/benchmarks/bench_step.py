@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.bench_step [CONFIG] [key=value ...]
 
+Without CONFIG it runs the cases below, and writes results/step_*.md.
+
 Runs the trainer's own forward, backward and optimizer step on one process and random tokens, with
 the shard that one worker of CONFIG has. First steps unprofiled, for the time; then a few under
 torch's profiler, for the share of each part. The exchange and the reading of data take no part:
@@ -11,6 +13,8 @@ metrics.jsonl of a run has both.
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -40,31 +44,73 @@ PARTS = {
     "reductions": ("sum", "norm"),
     "copies and casts": ("copy", "cat", "clone", "_to_", "fill", "zero", "contiguous", "empty"),
 }
+NAMES = ("matrix products", "elementwise", *(part for part in PARTS if part != "matrix products"))
+
+# What is run without a CONFIG: the demo's shard on one worker's one core, and a 130M model on both.
+LARGE = "model.width=1024 model.layers=10 train.seq_len=4096"
+CASES = {
+    "demo, fp32": "--threads 1 configs/demo.yaml train.dtype=fp32",
+    "demo, bf16": "--threads 1 configs/demo.yaml train.dtype=bf16",
+    "1.8M parameters, fp32": "configs/demo.yaml train.dtype=fp32 model.width=192 parallel.sp=1",
+    "1.8M parameters, bf16": "configs/demo.yaml train.dtype=bf16 model.width=192 parallel.sp=1",
+    "126M parameters, fp32": f"--steps 3 configs/demo.yaml train.dtype=fp32 {LARGE}",
+    "126M parameters, bf16": f"--steps 3 configs/demo.yaml train.dtype=bf16 {LARGE}",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.config is None:
+        _write({name: _run_alone(arguments) for name, arguments in CASES.items()})
+        return
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         whole = load_config(options.config, options.overrides)
         shard = whole.train.seq_len // whole.parallel.sp
-        alone = ["parallel.sp=1", "launch.workers=1", f"run.dir={folder}"]
-        alone += [
-            "evaluate.sequences=0",
-            f"train.seq_len={shard}",
-            f"train.batch_size={whole.train.micro_batch_size}",
-        ]
-        print(
-            json.dumps(
-                _profile(load_config(options.config, [*options.overrides, *alone]), options.steps)
-            )
+        alone = ["parallel.sp=1", "launch.workers=1", f"run.dir={folder}", "evaluate.sequences=0"]
+        alone += [f"train.seq_len={shard}", f"train.batch_size={whole.train.micro_batch_size}"]
+        config = load_config(options.config, [*options.overrides, *alone])
+        print(json.dumps(_profile(config, options.steps)))
+
+
+def _run_alone(arguments: str) -> dict[str, Any]:
+    """A process for each case: the peak of memory belongs to one."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_step", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(done.stdout.splitlines()[-1], flush=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _write(cases: dict[str, dict[str, Any]]) -> None:
+    rows, shares = [], []
+    for name, case in cases.items():
+        low, high = case["spread"]
+        rows.append(
+            {
+                "case": name,
+                "threads": case["threads"],
+                "tokens": case["tokens"],
+                "s/step": case["step_seconds"],
+                "spread": f"{low:.3f}-{high:.3f}",
+                "tokens/s": f"{case['tokens_per_second']:,}",
+                "GFLOP/s": case["gflops"],
+                "peak GiB": case["peak_memory_gib"],
+            }
         )
+        shares.append(
+            {"case": name, **{part: f"{case['share'].get(part, 0):.1%}" for part in NAMES}}
+        )
+    text = "# Where a training step's time goes\n\n" + results.circumstances()
+    text += "\nOne process, forward, backward and optimizer. A median of unprofiled steps.\n\n"
+    text += f"{results.table(rows)}\nShares of the profiled time:\n\n{results.table(shares)}"
+    results.result_path("step", ".md").write_text(text)
+    print(text)
 
 
 def _profile(config: Config, steps: int) -> dict[str, Any]:
