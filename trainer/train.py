@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep.schema import TOKENIZER_NAME
 from models.flops import parameters
+from models.layers import CausalConv, SwiGLU
 from models.lm import LanguageModel
 from models.scan import choose_backend
 from trainer import checkpoint
@@ -46,6 +47,11 @@ from trainer.parallel.topology import Topology, initialize_distributed
 
 # Rank 0 tells what happens: {"event": ..., ...}. The answer True asks to stop in good order.
 Report = Callable[[dict[str, Any]], bool]
+
+
+# What torch.compile is given: modules that exchange nothing. It may order collectives that do not
+# depend on each other differently on each rank, and they would wait for each other for ever.
+COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
 
 
 class RunError(RuntimeError):
@@ -149,6 +155,10 @@ def prepare_model(model: LanguageModel, config: Config, topology: Topology) -> N
     parallelize(model, topology)
     if config.train.recompute:
         recompute_blocks(model)
+    if config.train.compile:
+        for module in model.modules():
+            if isinstance(module, COMPILED):
+                module.compile(dynamic=False)
 
 
 def _open_stream(config: Config, split: str) -> TokenStream:

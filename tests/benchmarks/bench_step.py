@@ -49,12 +49,15 @@ NAMES = ("matrix products", "elementwise", *(part for part in PARTS if part != "
 # What is run without a CONFIG: the demo's shard on its worker's one core; on both, a model as large
 # as a prototype that was measured before (LOG.md), on the whole sequence, and a 126M model.
 LARGE = "model.width=1024 model.layers=10 train.seq_len=4096"
+COMPILE = "train.compile=true"
 WHOLE = "model.width=192 parallel.sp=1 launch.workers=1"
 CASES = {
     "demo, fp32": "--threads 1 configs/demo.yaml train.dtype=fp32",
     "demo, bf16": "--threads 1 configs/demo.yaml train.dtype=bf16",
+    "demo, bf16, compiled": f"--threads 1 configs/demo.yaml train.dtype=bf16 {COMPILE}",
     "1.8M parameters, fp32": f"configs/demo.yaml train.dtype=fp32 {WHOLE}",
     "1.8M parameters, bf16": f"configs/demo.yaml train.dtype=bf16 {WHOLE}",
+    "1.8M parameters, bf16, compiled": f"configs/demo.yaml train.dtype=bf16 {WHOLE} {COMPILE}",
     "126M parameters, fp32": f"--steps 3 configs/demo.yaml train.dtype=fp32 {LARGE}",
     "126M parameters, bf16": f"--steps 3 configs/demo.yaml train.dtype=bf16 {LARGE}",
 }
