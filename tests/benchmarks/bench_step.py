@@ -76,11 +76,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        whole = load_config(options.config, options.overrides)
+        overrides = [*options.overrides, f"run.dir={folder}"]
+        whole = load_config(options.config, overrides)
         shard = whole.train.seq_len // whole.parallel.sp
-        alone = ["parallel.sp=1", "launch.workers=1", f"run.dir={folder}", "evaluate.sequences=0"]
+        alone = ["parallel.sp=1", "launch.workers=1", "evaluate.sequences=0"]
         alone += [f"train.seq_len={shard}", f"train.batch_size={whole.train.micro_batch_size}"]
-        config = load_config(options.config, [*options.overrides, *alone])
+        config = load_config(options.config, [*overrides, *alone])
         print(json.dumps(_profile(config, options.steps)))
 
 
