@@ -80,7 +80,7 @@ def backward(
     """As chunked.backward; the preactivations' gradient is one tensor, like the preactivations."""
     batch, steps, width = recurrence.state_shape(inputs)
     grad_h, grad_out = grad_h.contiguous(), grad_out.contiguous()
-    if span is None and batch * width < SERIAL_CHANNELS:
+    if span is None and not _one_chunk(batch, steps, width):
         span = summarize_backward(recurrence, inputs, grad_h, reset)
     ends, chunk = _ends(span, grad_out, steps, reverse=True)
     inputs = tuple(x.contiguous() for x in inputs)
@@ -134,7 +134,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     batch, steps, width = recurrence.state_shape(inputs)
     h_in = h_in.contiguous()
-    if span is None and batch * width < SERIAL_CHANNELS and steps > CHUNKS[-1]:
+    if span is None and not _one_chunk(batch, steps, width):
         span = _summarize(recurrence, inputs, None, reset, reverse)
     ends, chunk = _ends(span, h_in, steps, reverse)
     inputs = tuple(x.contiguous() for x in inputs)
@@ -159,6 +159,11 @@ def _ends(span: Span | None, entering: Tensor, steps: int, reverse: bool) -> tup
     batch, _, width = decay.shape
     ends, _ = _forward(Linear(), (decay, state), entering, None, None, reverse)
     return ends, _chunk_steps(batch, steps, width)
+
+
+def _one_chunk(batch: int, steps: int, width: int) -> bool:
+    """Whether a device that has the whole sequence runs it as one chunk, without a carry."""
+    return batch * width >= SERIAL_CHANNELS or steps <= CHUNKS[-1]
 
 
 def _chunk_steps(batch: int, steps: int, width: int) -> int:
