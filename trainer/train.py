@@ -49,8 +49,9 @@ from trainer.parallel.topology import Topology, initialize_distributed
 Report = Callable[[dict[str, Any]], bool]
 
 
-# What torch.compile is given: modules that exchange nothing. It may order collectives that do not
-# depend on each other differently on each rank, and they would wait for each other for ever.
+# What torch.compile is given: modules whose own code exchanges nothing (what ZeRO-3 gathers for
+# them, its hooks gather outside the graph). The compiler may order collectives that do not depend
+# on each other differently on each rank, and they would wait for each other for ever.
 COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
 
 

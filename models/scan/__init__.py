@@ -139,8 +139,15 @@ def check_scan(
             f"got {inputs[0].shape[-1]}, which {parts} does not divide"
         )
     batch, steps, width = recurrence.state_shape(inputs)
-    if steps == 0:
-        raise ValueError(f"{recurrence.name} scan needs at least one step, got T = 0")
+    if steps == 0 or width == 0:
+        raise ValueError(
+            f"{recurrence.name} scan needs at least one step and one channel, "
+            f"got T = {steps}, H = {width}"
+        )
+    devices = {x.device for x in (*inputs, h0, reset) if x is not None}
+    if len(devices) > 1:
+        shown = " and ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"{recurrence.name} scan needs all tensors on one device, got {shown}")
     if reset is not None and reset.shape != (batch, steps):
         raise ValueError(f"reset must be [B, T] = [{batch}, {steps}], got {tuple(reset.shape)}")
     dtype = state_dtype(inputs)

@@ -135,7 +135,7 @@ def _scan_linear(a: Tensor, b: Tensor, span: Span, entering: Tensor, reverse: bo
     for n in _order(chunk_state.shape[1], reverse):
         starts[:, n] = entering
         entering = torch.addcmul(chunk_state[:, n], chunk_decay[:, n], entering)
-    h = torch.empty_like(b)
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
     first = 0
     for a_chunks, b_chunks, h_chunks in zip(_chunks(a), _chunks(b), _chunks(h), strict=True):
         count = a_chunks.shape[1]

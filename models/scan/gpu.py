@@ -20,6 +20,7 @@ from torch import Tensor
 from models.scan import triton_kernels as kernels
 from models.scan.recurrence import Inputs, Linear, Recurrence, Span
 
+RECURRENCES_BUILT = ("linear", "mingru", "minlstm", "minlstm-unnormalized")
 BLOCK = 128  # channels of a program: four to a lane, 8 bytes of bf16
 CHUNKS = (512, 256, 128, 64)  # steps of a chunk: the longest that keeps the device busy
 BUSY_PROGRAMS = 16384  # four waves of one-warp programs on 132 processors
@@ -188,6 +189,8 @@ def _launch(
     **constants: bool,
 ) -> None:
     """Run a kernel over (B, T, H, steps of a chunk)."""
+    if recurrence.name not in RECURRENCES_BUILT:
+        raise ValueError(f"no GPU kernel for {recurrence.name!r}: use 'chunked'")
     batch, steps, width, chunk = sizes
     programs = batch * _ceil(steps, chunk) * _ceil(width, BLOCK)
     with torch.cuda.device_of(tensors[0]):

@@ -112,8 +112,9 @@ inline Vec<float> clamp(Vec<float> x, float bound) {  // NaN stays NaN
 #endif
 }
 
-// exp(-x), x clamped to [-40, 40]: beyond it a sigmoid is 0 or 1 in fp32, and a product of two such
-// values stays finite, so that two gates share a division. 2^n * exp(r), |r| <= ln 2 / 2, with the
+// exp(-x), x clamped to [-40, 40]: a sigmoid is then 4e-18 where it should be less, far below fp32's
+// rounding of what it is added to, and a product of two such values stays finite, so that two gates
+// share a division. 2^n * exp(r), |r| <= ln 2 / 2, with the
 // Taylor polynomial of degree 6: two units in the last place.
 inline Vec<float> exp_minus(Vec<float> x) {
   x = clamp(x, 40.0f);
@@ -127,7 +128,8 @@ inline Vec<float> exp_minus(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r - 1.0f;
   p = p * r + 1.0f;
-  return (Vec<float>)((Word)p + ((Word)shifted << 23));  // adds n to the exponent
+  Vec<float> e = (Vec<float>)((Word)p + ((Word)shifted << 23));  // adds n to the exponent
+  return x == x ? e : x;  // of a NaN, what is added may have made a number
 }
 inline Vec<double> exp_minus(Vec<double> x) {  // clamped so that no sum or product of two overflows
   for (int i = 0; i < LANES<double>; ++i)
@@ -291,14 +293,14 @@ struct Scan {
   bool reset(int64_t row, int64_t t) const { return p.reset && p.reset[row * p.steps + t]; }
 
   // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
-  template <bool WRITE, class Tile>
-  void forward(const Tile& tile, S* state, S* decay) const {
+  template <bool WRITE, class AnyTile>
+  void forward(const AnyTile& tile, S* state, S* decay) const {
     const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
     const T* x = static_cast<const T*>(p.x) + start * P * H + tile.first;
     const T* y = static_cast<const T*>(p.y) + (P == 1 ? start * H + tile.first : 0);
     T* out = static_cast<T*>(p.out) + (WRITE ? start * H + tile.first : 0);
-    int64_t ahead = Tile::distant ? tile.next - tile.first / P : tile.ahead * H;
-    const int64_t W = Tile::distant ? tile.width : H;  // channels fetched per step
+    int64_t ahead = AnyTile::distant ? tile.next - tile.first / P : tile.ahead * H;
+    const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
     for (int64_t t = tile.begin; t < tile.end; ++t, x += P * H, y += H, out += H, ahead += W - H) {
       if (reset(tile.row, t))
         for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
@@ -325,8 +327,8 @@ struct Scan {
   }
 
   // The maps of the gradient that flows from right to left, composed: G -> decay * G + state.
-  template <class Tile>
-  void summarize_backward(const Tile& tile, S* state, S* decay) const {
+  template <class AnyTile>
+  void summarize_backward(const AnyTile& tile, S* state, S* decay) const {
     const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
     const T* x = static_cast<const T*>(p.x) + end * P * H + tile.first;
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
@@ -350,8 +352,8 @@ struct Scan {
   }
 
   // Write the gradients of the inputs; `state` is G, the gradient that flows from right to left.
-  template <class Tile>
-  void backward(const Tile& tile, S* state) const {
+  template <class AnyTile>
+  void backward(const AnyTile& tile, S* state) const {
     const int64_t H = p.width, end = tile.row * p.steps + tile.end;
     const T* x = static_cast<const T*>(p.x) + end * P * H + tile.first;
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
@@ -359,8 +361,8 @@ struct Scan {
     T* dx = static_cast<T*>(p.out) + end * P * H + tile.first;
     T* dy = static_cast<T*>(p.out_y) + (P == 1 ? end * H + tile.first : 0);
     const S* h_in = static_cast<const S*>(p.h_in) + tile.row * H + tile.first;
-    int64_t ahead = Tile::distant ? tile.next + tile.first / P : tile.ahead * H;
-    const int64_t W = Tile::distant ? tile.width : H;  // channels fetched per step
+    int64_t ahead = AnyTile::distant ? tile.next + tile.first / P : tile.ahead * H;
+    const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
     for (int64_t t = tile.end - 1; t >= tile.begin; --t, ahead += W - H) {
       x -= P * H;
       dx -= P * H;
@@ -429,7 +431,8 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
   const auto narrower = [](int64_t a, int64_t b) { return a < b ? a : b; };
 
   const int64_t length = TILE / H + 1, tiles = (p.steps + length - 1) / length;
-  if (p.batch >= p.threads || row_bytes / p.threads >= PIECE || tiles < 2 * p.threads) {
+  const bool narrow = H < 16 * p.threads;  // fewer groups of whole vectors than threads
+  if (p.batch >= p.threads || row_bytes / p.threads >= PIECE || narrow || tiles < 2 * p.threads) {
     int64_t groups = (H + BLOCK - 1) / BLOCK;
     while (p.batch * groups < p.threads && H / (groups + 1) >= 16) ++groups;
     const int64_t width = group_width(groups);
@@ -461,9 +464,10 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
       const int64_t begin = i * length, end = narrower(begin + length, p.steps);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * width, own = narrower(width, H - first);
-        S *state = states[first / 16].channels, *decay = decays[first / 16].channels;
-        for (int spins = 0; progress[g].tiles.load(std::memory_order_acquire) != n; ++spins)
-          if (spins > 1000) sched_yield();  // more threads than processors
+        S *state = states.front().channels + first, *decay = decays.front().channels + first;
+        int spins = 0;
+        while (progress[g].tiles.load(std::memory_order_acquire) != n)
+          if (++spins % 1024 == 0) sched_yield();  // there may be more threads than processors
         if (n % tiles == 0) enter(row, first, own, state, decay);
         const int64_t ahead = threads * length, next = (ahead + g * (length / groups)) * H;
         const Tile<true> tile{row, begin, end, first, own, ahead, next};

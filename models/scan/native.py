@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.scan.recurrence import RECURRENCES, Inputs, Recurrence, Span, state_dtype
+from models.scan.recurrence import Inputs, Recurrence, Span, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # -ffast-math is not among them: it would change denormals for the whole process.
@@ -33,7 +33,8 @@ FLAGS = [
     "-shared",
     "-fPIC",
 ]
-# The numbers by which native.cpp knows dtypes and kernels; recurrences are numbered as RECURRENCES.
+# The numbers by which native.cpp knows recurrences, dtypes and kernels.
+RECURRENCE_NUMBERS = {"linear": 0, "mingru": 1, "minlstm": 2, "minlstm-unnormalized": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
 
@@ -179,7 +180,9 @@ def _run(
         threads=torch.get_num_threads(),
         **{name: x.data_ptr() for name, x in alive.items()},
     )
-    index = list(RECURRENCES).index(recurrence.name)
+    index = RECURRENCE_NUMBERS.get(recurrence.name)
+    if index is None:
+        raise ValueError(f"native.cpp has no kernel for {recurrence.name!r}: use 'chunked'")
     dtype = DTYPES[inputs[0].dtype]
     _library().longhaul_scan(kernel, index, dtype, ctypes.byref(arguments))
 

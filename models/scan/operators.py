@@ -50,7 +50,7 @@ def _choose(name: str, device: str, dtype: torch.dtype) -> str:
             warnings.warn(message, stacklevel=5)
         return chosen
     if name not in BACKENDS:
-        known = ", ".join(["auto", "reference", *BACKENDS])
+        known = ", ".join(["auto", *BACKENDS])
         raise ValueError(f"scan backend {name!r} is not known: use one of {known}")
     if fault := _fault(name, device, dtype):
         raise ValueError(f"scan backend {name!r} cannot be used: {fault}; use 'auto' or 'chunked'")

@@ -227,9 +227,7 @@ def main() -> None:
     text += (
         "Efficiency is local time over local time plus exposed exchange, at equal tokens a rank.\n"
     )
-    text += (
-        "Attention's local time grows with the sequence, which flatters its efficiency: compare\n"
-    )
+    text += "Attention's local time grows with the sequence, which flatters its efficiency:\n"
     text += "compare times. A dash: more ranks than heads. The ring is striped, so that causal\n"
     text += "work is even. Assumed, not measured:\n\n"
     text += "".join(f"- {x}\n" for x in (Device(), *NETWORKS, Layer(65536)))

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_scan [--quick]
 
-First a gate: every implementation of ours must equal the loop in fp64. Then, for each shape, passes
+First a gate: our implementations must equal the loop in fp64 (the chunked form, where it is long). Then, for each shape, passes
 in turn, each beside the limit measured at that moment: torch.add on a CPU (two reads and a write),
 a copy on a GPU. A share is (bytes the pass must move / its time) over the limit's bytes per second;
 bytes are inputs read and outputs written once, whatever an implementation really moves. Medians of
@@ -112,13 +112,13 @@ def mingru_pytorch(case: Case, which: str) -> Run | None:
 def chunk_hgrn(case: Case, which: str) -> Run | None:
     """flash-linear-attention's chunked kernel; gates given as logarithms."""
     function = import_module("fla.ops.hgrn").chunk_hgrn
-    return _gpu_linear(case, which, lambda a, b: function(b, a.log())[0])
+    return _log_gated(case, which, lambda log_a, b: function(b, log_a)[0])
 
 
 def fused_recurrent_hgrn(case: Case, which: str) -> Run | None:
     """flash-linear-attention's sequential kernel; gates given as logarithms."""
     function = import_module("fla.ops.hgrn").fused_recurrent_hgrn
-    return _gpu_linear(case, which, lambda a, b: function(b, a.log())[0])
+    return _log_gated(case, which, lambda log_a, b: function(b, log_a)[0])
 
 
 def accelerated_scan(case: Case, which: str) -> Run | None:
@@ -152,8 +152,14 @@ def selective_scan(case: Case, which: str) -> Run | None:
     return lambda: torch.autograd.grad(function(b, delta, A, ones, ones), b, grad)
 
 
-def _gpu_linear(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
-    return _peer(case, which, forward) if case.name == "linear" else None
+def _log_gated(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
+    """A peer of "linear" that wants log a, which is made beforehand."""
+    if case.name != "linear" or which == "backward":
+        return None
+    leaves = (case.inputs[0].detach().log().requires_grad_(), case.inputs[1])
+    if which == "forward":
+        return torch.no_grad()(lambda: forward(*leaves))
+    return lambda: torch.autograd.grad(forward(*leaves), leaves, case.grad_h)
 
 
 PEERS: dict[str, Callable[[Case, str], Run | None]] = {
@@ -189,19 +195,23 @@ def contenders(case: Case, which: str) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def gate() -> None:
-    """Refuse to time what is wrong."""
-    for name, recurrence in RECURRENCES.items():
-        case = Case(name, torch.float32, (2, 3000, 70))
-        backend = choose_backend("auto", case.inputs)
-        exact = tuple(x.detach().double().requires_grad_() for x in case.inputs)
-        want = scan(recurrence, exact, case.h_in.double(), backend="reference")[0]
-        want_grads = torch.autograd.grad(want, exact, case.grad_h.double())
-        got = scan(recurrence, case.inputs, case.h_in, backend=backend)[0]
-        got_grads = torch.autograd.grad(got, case.inputs, case.grad_h)
-        for a, e in zip((got, *got_grads), (want, *want_grads), strict=True):
-            error = float((a.double() - e).norm() / e.norm())
-            if not error < 1e-5:
-                raise SystemExit(f"{backend} {name} is wrong by {error:.1e}: nothing is timed")
+    """Refuse to time what is wrong: every recurrence, dtype and way to share it between threads."""
+    for shape, definition in (((3, 300, 70), "reference"), ((1, 9001, 70), "chunked")):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            for name, recurrence in RECURRENCES.items():
+                case = Case(name, dtype, shape)
+                exact = tuple(x.detach().double().requires_grad_() for x in case.inputs)
+                want = scan(recurrence, exact, case.h_in.double(), backend=definition)
+                wanted = (*want, *torch.autograd.grad(want[0], exact, case.grad_h.double()))
+                for backend in dict.fromkeys((choose_backend("auto", case.inputs), "chunked")):
+                    got = scan(recurrence, case.inputs, case.h_in, backend=backend)
+                    both = (*got, *torch.autograd.grad(got[0], case.inputs, case.grad_h))
+                    for a, e in zip(both, wanted, strict=True):
+                        error = float((a.double() - e).norm() / e.norm())
+                        if not error < tolerance:
+                            raise SystemExit(
+                                f"{backend} {name} is wrong by {error:.1e}: nothing is timed"
+                            )
 
 
 class Limit:

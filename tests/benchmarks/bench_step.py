@@ -88,7 +88,7 @@ def main() -> None:
 def _run_alone(arguments: str) -> dict[str, Any]:
     """A process for each case: the peak of memory belongs to one."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_step", *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout.splitlines()[-1], flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,7 +1,8 @@
 """Activation checkpointing: a block's activations are computed again in its backward.
 
-What crossed the sequence is not: spans and the results of exchanges are a few [B, H] per
-layer, and are kept. So no exchange is run twice, and no rank waits for another while it recomputes.
+What crossed the sequence is not: spans and the results of exchanges are small, a few [B, H] per
+layer (on a GPU the maps of chunks besides, at most a sixteenth of h), and are kept. So no exchange
+is run twice, and no rank waits for another while it recomputes.
 """
 
 from functools import partial

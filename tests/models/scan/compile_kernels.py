@@ -1,4 +1,4 @@
-"""Compile every GPU kernel for a compute capability, and print what each uses, as JSON.
+"""Compile the GPU kernels for a compute capability, and print what each uses, as JSON.
 
     python tests/models/scan/compile_kernels.py 90
 
@@ -51,6 +51,7 @@ def usage(kernel: triton.JITFunction, capability: int, dtype: str, **constants: 
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 1})
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    loads = [(vector, bits) for vector, bits in loads if bits != "8"]  # a reset is one byte
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -77,6 +78,13 @@ def main() -> None:
         ):
             label = f"{kernel.__name__} {name}"
             result[label] = usage(kernel, capability, "bf16", RECURRENCE=name, **flags)
+        for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
+            flags = {"HAS_RESET": True, "REVERSE": False, "RECURRENCE": name}
+            result[f"{kernel.__name__} {name}, resets"] = usage(kernel, capability, "bf16", **flags)
+    carry = {"RECURRENCE": "linear", "REVERSE": True}
+    result["forward_kernel, carry"] = usage(
+        triton_kernels.forward_kernel, capability, "fp32", **carry
+    )
     flow = {"RECURRENCE": "mingru", "FLOW": True, "REVERSE": True}
     result["summarize_kernel mingru, backward"] = usage(
         triton_kernels.summarize_kernel, capability, "bf16", **flow

@@ -98,15 +98,17 @@ def test_saturated_gates_stay_finite(name, dtype, backend):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_native_threads_share_one_row(name, dtype, batch, threads):
     """More threads than rows: time is dealt out in tiles, one waiting for another's state."""
     recurrence = RECURRENCES[name]
-    inputs = make_inputs(recurrence, batch, 9001, 37, dtype, shift=3)
-    h0 = torch.randn(batch, 37, dtype=dtype, requires_grad=True)
+    width = 53  # at least a vector for each thread, and no multiple of one
+    inputs = make_inputs(recurrence, batch, 9001, width, dtype, shift=3)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    h0 = torch.randn(batch, width, dtype=state, requires_grad=True)
     reset = make_reset(batch, 9001, "edges")
-    tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 3e-2}[dtype]
     threads(1)
     expected = outputs_and_gradients(recurrence, inputs, h0, reset, "native")
     spans = summaries(recurrence, inputs, expected[0], reset)
@@ -150,8 +152,8 @@ def test_closed_lstm_gates_keep_their_ratio(backend):
 def test_nan_is_not_hidden(name, backend):
     recurrence = RECURRENCES[name]
     inputs = tuple(x.detach().clone() for x in make_inputs(recurrence, 1, 40, 20, torch.float32))
-    for x in inputs:
-        x[0, 7, :] = float("nan")
+    for x in inputs:  # every bit of the payload set, as a GPU writes it
+        x[0, 7, :] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     h, _ = scan(recurrence, inputs, backend=backend)
     assert h[0, :7].isfinite().all()
     assert h[0, 7:].isnan().all()
@@ -190,6 +192,8 @@ def test_streamed_state_is_not_passed_through_g():
         (lambda: linear_scan(torch.rand(2, 3, 4), torch.rand(2, 3, 5)), "alike"),
         (lambda: mingru_scan(torch.rand(2, 3, 5)), "2 does not divide"),
         (lambda: minlstm_scan(torch.rand(2, 0, 6)), "T = 0"),
+        (lambda: mingru_scan(torch.rand(2, 3, 0)), "H = 0"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4), torch.rand(2, 2, device="meta")), "one device"),
         (lambda: mingru_scan(torch.rand(2, 3, 4), torch.rand(2, 3)), r"h0 must be .*\[2, 2\]"),
         (lambda: mingru_scan(torch.rand(2, 3, 4), reset=torch.ones(2, 2)), "reset must be"),
         (lambda: mingru_scan(torch.ones(2, 3, 4, dtype=torch.int64)), "must be float"),
