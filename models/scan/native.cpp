@@ -112,7 +112,7 @@ inline Vec<float> clamp(Vec<float> x, float bound) {  // NaN stays NaN
 #endif
 }
 
-// exp(-x), x clamped to [-40, 40]: a sigmoid is then 4e-18 where it should be less, far below fp32's
+// exp(-x), x clamped to [-40, 40]: a sigmoid is then 4e-18 where it should be less, far below the
 // rounding of what it is added to, and a product of two such values stays finite, so that two gates
 // share a division. 2^n * exp(r), |r| <= ln 2 / 2, with the
 // Taylor polynomial of degree 6: two units in the last place.
@@ -262,9 +262,9 @@ struct Arguments {
 
 
 // Steps [begin, end) of channels [first, first + width) of one row of the batch. While it is read,
-// what comes later is fetched. With DISTANT false, into L1, the same channels `ahead` steps on. With
-// DISTANT true, into L2, a part of this thread's next tile: all channels of a few steps, which begin
-// `next` elements on, because memory is fastest in whole rows.
+// what comes later is fetched. With DISTANT false, into L1, the same channels `ahead` steps on.
+// With DISTANT true, into L2, a part of this thread's next tile: all channels of a few steps, which
+// begin `next` elements on, because memory is fastest in whole rows.
 template <bool DISTANT>
 struct Tile {
   static constexpr bool distant = DISTANT;

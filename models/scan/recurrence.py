@@ -1,8 +1,8 @@
 """The three recurrences: how each turns its preactivations into h_t = a_t * h_{t-1} + b_t.
 
 A `Recurrence` holds gates and their derivatives only. How the recurrence is then run over time is
-the business of a backend, and across devices of the two-level scan. chunked.py and the two-level scan
-run any recurrence of RECURRENCES; the fused kernels have their own copy of the gates.
+the business of a backend, and across devices of the two-level scan. chunked.py and the two-level
+scan run any recurrence of RECURRENCES; the fused kernels have their own copy of the gates.
 """
 
 from dataclasses import dataclass

@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.bench_scan [--quick]
 
-First a gate: our implementations must equal the loop in fp64 (the chunked form, where it is long). Then, for each shape, passes
-in turn, each beside the limit measured at that moment: torch.add on a CPU (two reads and a write),
-a copy on a GPU. A share is (bytes the pass must move / its time) over the limit's bytes per second;
-bytes are inputs read and outputs written once, whatever an implementation really moves. Medians of
-paired runs, freed memory kept as a worker keeps it (trainer/memory.py).
+First a gate: our implementations must equal the loop in fp64, or the chunked form where T is long.
+Then, for each shape, passes in turn, each beside the limit measured at that moment: torch.add on a
+CPU (two reads and a write), a copy on a GPU. A share is (bytes the pass must move / its time) over
+the limit's bytes per second; bytes are inputs read and outputs written once, whatever an
+implementation really moves. Medians of paired runs, freed memory kept as a worker keeps it
+(trainer/memory.py).
 """
 
 import argparse
