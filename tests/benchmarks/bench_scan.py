@@ -167,13 +167,14 @@ PEERS: dict[str, Callable[[Case, str], Run | None]] = {
     "log-space": log_space,
     "minGRU-pytorch": mingru_pytorch,
 }
+GPU_PEERS: dict[str, Callable[[Case, str], Run | None]] = {
+    "FLA chunk_hgrn": chunk_hgrn,
+    "FLA fused_recurrent_hgrn": fused_recurrent_hgrn,
+    "accelerated-scan": accelerated_scan,
+    "mamba selective_scan": selective_scan,
+}
 if DEVICE == "cuda":
-    PEERS |= {
-        "FLA chunk_hgrn": chunk_hgrn,
-        "FLA fused_recurrent_hgrn": fused_recurrent_hgrn,
-        "accelerated-scan": accelerated_scan,
-        "mamba selective_scan": selective_scan,
-    }
+    PEERS |= GPU_PEERS
 
 
 def contenders(case: Case, which: str) -> tuple[dict[str, Run], dict[str, str]]:
@@ -322,6 +323,8 @@ def main() -> None:
     if options.quick:
         shapes, repeats, dtypes = [(1, 4096, 64)], 3, [torch.float32]
     missing: dict[str, str] = {}
+    if DEVICE == "cpu":
+        missing |= {name: "runs on a GPU only" for name in GPU_PEERS}
     rows = []
     for shape in shapes:
         for dtype in dtypes:
