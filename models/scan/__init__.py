@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.scan import operators, reference
-from models.scan.operators import BACKENDS, choose_backend
+from models.scan.operators import choose_backend
 from models.scan.recurrence import (
     RECURRENCES,
     Inputs,
@@ -23,7 +23,6 @@ from models.scan.recurrence import (
 )
 
 __all__ = [
-    "BACKENDS",
     "RECURRENCES",
     "Inputs",
     "Linear",

@@ -1,25 +1,17 @@
 // The scan on a CPU, at the speed of memory: time is the outer loop, a block of channels the inner
 // one, their states stay in L1, and gates are computed on the way. Every input is read once and
 // every output written once. Plain C++ behind a C interface (native.py loads it), so that it builds
-// in seconds without torch's headers. Vectors are GCC's vector types of 64 bytes, whatever the
-// processor has: a compiler that does not know a new processor would choose narrower ones.
-//
-// A recurrence turns `PARTS` preactivations per channel into a, b of h = a * h + b and, given the
-// gradient q of h and the previous state, into the gradients of its preactivations. Everything else
-// is the same for all of them. README.md beside this file has the mathematics.
+// in seconds without torch's headers. README.md beside this file has the mathematics.
 
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "native_gates.h"
 
 namespace {
 
@@ -28,221 +20,6 @@ constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's ow
 constexpr int64_t PIECE = 512;      // bytes of a row that a thread wants for itself: see `run`
 constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
 constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
-
-template <class S>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(64)));
-};
-template <class S>
-using Vec = typename VectorOf<S>::type;
-template <class S>
-constexpr int64_t LANES = 64 / sizeof(S);
-
-struct bf16 {
-  uint16_t bits;
-};
-typedef uint16_t Half __attribute__((vector_size(32)));
-typedef uint32_t Word __attribute__((vector_size(64)));
-
-inline Vec<float> load(const float* p) {
-  Vec<float> x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline Vec<double> load(const double* p) {
-  Vec<double> x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline Vec<float> load(const bf16* p) {
-  Half narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
-#ifdef __AVX512F__
-  const Word wide = (Word)_mm512_cvtepu16_epi32((__m256i)narrow);
-#else
-  const Word wide = __builtin_convertvector(narrow, Word);
-#endif
-  return (Vec<float>)(wide << 16);
-}
-template <class S>
-inline void store(S* p, Vec<S> x) {
-  std::memcpy(p, &x, sizeof x);
-}
-inline void store(bf16* p, Vec<float> x) {  // to nearest, ties to even; NaN stays NaN
-#ifdef __AVX512BF16__
-  const __m256bh narrow = _mm512_cvtneps_pbh(x);
-#else
-  Word wide = (Word)x;
-  Word rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  const Half narrow = __builtin_convertvector(x == x ? rounded : (wide >> 16) | 0x40, Half);
-#endif
-  std::memcpy(p, &narrow, sizeof narrow);
-}
-
-// The same for `count` channels, fewer than the lanes at the end of a width they do not divide.
-template <class T>
-inline auto load(const T* p, int64_t count) {
-  constexpr int64_t lanes = LANES<std::conditional_t<sizeof(T) == 8, double, float>>;
-  if (count == lanes) return load(p);
-  T padded[lanes] = {};
-  std::memcpy(padded, p, count * sizeof(T));
-  return load(padded);
-}
-template <class T, class V>
-inline void store(T* p, V x, int64_t count) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(x[0]);
-  if (count == lanes) return store(p, x);
-  T padded[lanes];
-  store(padded, x);
-  std::memcpy(p, padded, count * sizeof(T));
-}
-
-inline Vec<float> clamp(Vec<float> x, float bound) {  // NaN stays NaN
-#ifdef __AVX512F__  // one instruction each, where GCC 12 makes two of a choice
-  return _mm512_min_ps(_mm512_set1_ps(bound), _mm512_max_ps(_mm512_set1_ps(-bound), x));
-#else
-  x = x < -bound ? Vec<float>{} - bound : x;
-  return x > bound ? Vec<float>{} + bound : x;
-#endif
-}
-
-// exp(-x), x clamped to [-40, 40]: a sigmoid is then 4e-18 where it should be less, far below the
-// rounding of what it is added to, and a product of two such values stays finite, so that two gates
-// share a division. 2^n * exp(r), |r| <= ln 2 / 2, with the
-// Taylor polynomial of degree 6: two units in the last place.
-inline Vec<float> exp_minus(Vec<float> x) {
-  x = clamp(x, 40.0f);
-  Vec<float> shifted = x * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  Vec<float> n = shifted - 12582912.0f;
-  Vec<float> r = n * 0.693359375f + x;  // minus r
-  r = r - n * 2.12194440e-4f;
-  Vec<float> p = r * (1.0f / 720.0f) - 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r - 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r - 1.0f;
-  p = p * r + 1.0f;
-  Vec<float> e = (Vec<float>)((Word)p + ((Word)shifted << 23));  // adds n to the exponent
-  return x == x ? e : x;  // of a NaN, what is added may have made a number
-}
-inline Vec<double> exp_minus(Vec<double> x) {  // clamped so that no sum or product of two overflows
-  for (int i = 0; i < LANES<double>; ++i)
-    x[i] = std::exp(-(x[i] < -300.0 ? -300.0 : (x[i] > 300.0 ? 300.0 : x[i])));
-  return x;
-}
-
-// g(v) = v + 0.5 above zero, s = sigmoid(v) below, and its derivative.
-template <class V>
-inline V candidate(V v, V s) {
-  return v >= 0 ? v + (V{} + 1) / 2 : s;
-}
-template <class V>
-inline V slope(V v, V s) {
-  return v >= 0 ? V{} + 1 : s * (1 - s);
-}
-
-template <class V>
-struct Gates {
-  V a, b;  // h = a * h + b
-};
-
-struct Linear {
-  static constexpr int PARTS = 1;
-};
-
-struct MinGRU {
-  static constexpr int PARTS = 2;
-  template <class V>
-  static inline V decay(V k, V) {
-    V ek = exp_minus(k);
-    return ek / (1 + ek);
-  }
-  template <class V>
-  static inline Gates<V> gates(V k, V v, V) {
-    V ek = exp_minus(k), ev = exp_minus(v);
-    V r = 1 / ((1 + ek) * (1 + ev));
-    V z = (1 + ev) * r;
-    return {ek * z, z * candidate(v, (1 + ek) * r)};
-  }
-  // q: gradient of h. previous: the state before the step, 0 after a reset. Returns a.
-  template <class V>
-  static inline V backward(V q, V previous, V k, V v, V, V* dk, V* dv, V*) {
-    V ek = exp_minus(k), ev = exp_minus(v);
-    V r = 1 / ((1 + ek) * (1 + ev));
-    V z = (1 + ev) * r, s = (1 + ek) * r;
-    V a = ek * z, qz = q * z;
-    *dk = qz * a * (candidate(v, s) - previous);
-    *dv = qz * slope(v, s);
-    return a;
-  }
-};
-
-template <bool NORMALIZE>
-struct MinLSTM {
-  static constexpr int PARTS = 3;
-  // Only f - i matters once both gates are all but closed: keep them within exp_minus's range.
-  template <class V>
-  static inline void lift(V* f, V* i) {
-    if constexpr (!NORMALIZE) return;
-    const auto floor = V{} - (sizeof((*f)[0]) == 4 ? 20 : 100);
-    V larger = *f > *i ? *f : *i;
-    V by = larger < floor ? floor - larger : V{};
-    *f += by;
-    *i += by;
-  }
-  template <class V>
-  static inline V decay(V f, V i) {
-    lift(&f, &i);
-    V ef = exp_minus(f);
-    if constexpr (!NORMALIZE) return 1 / (1 + ef);
-    V ei = exp_minus(i);
-    return (1 + ei) / (2 + ei + ef);
-  }
-  template <class V>
-  static inline Gates<V> gates(V f, V i, V v) {
-    lift(&f, &i);
-    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
-    if constexpr (!NORMALIZE)
-      return {1 / (1 + ef), candidate(v, 1 / (1 + ev)) / (1 + ei)};
-    V r = 1 / ((2 + ei + ef) * (1 + ev));
-    V total = (1 + ev) * r;
-    return {(1 + ei) * total, (1 + ef) * total * candidate(v, (2 + ei + ef) * r)};
-  }
-  template <class V>
-  static inline V backward(V q, V previous, V f, V i, V v, V* df, V* di, V* dv) {
-    lift(&f, &i);
-    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
-    V r = 1 / ((1 + ef) * (1 + ei));
-    V keep_f = (1 + ei) * r, keep_i = (1 + ef) * r;
-    V a, w, s, g;
-    if constexpr (NORMALIZE) {
-      V total = 1 / ((2 + ei + ef) * (1 + ev));
-      s = (2 + ei + ef) * total;
-      total *= 1 + ev;
-      a = (1 + ei) * total;
-      w = (1 + ef) * total;
-      g = candidate(v, s);
-      V difference = q * (previous - g) * a * w;
-      *df = difference * ef * keep_f;
-      *di = -difference * ei * keep_i;
-    } else {
-      a = keep_f;
-      w = keep_i;
-      s = 1 / (1 + ev);
-      g = candidate(v, s);
-      *df = q * previous * a * ef * keep_f;
-      *di = q * g * w * ei * keep_i;
-    }
-    *dv = q * w * slope(v, s);
-    return a;
-  }
-};
 
 // What every kernel gets. x holds the preactivations [B, T, PARTS * H]; for Linear, x is a and y is
 // b, [B, T, H] each. Pointers that a kernel does not use are null.
@@ -258,8 +35,6 @@ struct Arguments {
   void *decay, *state;   // [B, H]: the span, or h_last, or the gradient of h_in
   int32_t threads;
 };
-
-
 
 // Steps [begin, end) of channels [first, first + width) of one row of the batch. While it is read,
 // what comes later is fetched. With DISTANT false, into L1, the same channels `ahead` steps on.
@@ -465,7 +240,7 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * width, own = narrower(width, H - first);
         S *state = states.front().channels + first, *decay = decays.front().channels + first;
-        int spins = 0;
+        unsigned spins = 0;
         while (progress[g].tiles.load(std::memory_order_acquire) != n)
           if (++spins % 1024 == 0) sched_yield();  // there may be more threads than processors
         if (n % tiles == 0) enter(row, first, own, state, decay);

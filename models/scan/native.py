@@ -21,6 +21,7 @@ from torch import Tensor
 from models.scan.recurrence import Inputs, Recurrence, Span, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADER = Path(__file__).with_name("native_gates.h")
 # -ffast-math is not among them: it would change denormals for the whole process.
 FLAGS = [
     "-std=c++17",
@@ -191,7 +192,8 @@ def _run(
 def _library() -> ctypes.CDLL:
     """The compiled library. Raises OSError with the reason where it cannot be built or loaded."""
     compiler = os.environ.get("CXX", "g++")
-    described = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor())
+    sources = SOURCE.read_text(), HEADER.read_text()
+    described = (*sources, compiler, *FLAGS, platform.machine(), _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = home / "longhaul" / f"scan-{key}.so"

@@ -184,18 +184,12 @@ def _empty_span(
     return decay, state, chunks
 
 
-@_summarize.register_fake
-def _(
-    inputs: list[Tensor], reset: Tensor | None, recurrence: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_span(inputs, recurrence, backend)
-
-
-@_summarize_backward.register_fake
-def _(
-    inputs: list[Tensor], grad_h: Tensor, reset: Tensor | None, recurrence: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_span(inputs, recurrence, backend)
+_summarize.register_fake(
+    lambda inputs, reset, recurrence, backend: _empty_span(inputs, recurrence, backend)
+)
+_summarize_backward.register_fake(
+    lambda inputs, grad_h, reset, recurrence, backend: _empty_span(inputs, recurrence, backend)
+)
 
 
 @_forward.register_fake

@@ -13,168 +13,21 @@ implementation really moves. Medians of paired runs, freed memory kept as a work
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from models.scan import RECURRENCES, Inputs, choose_backend, operators, reference, scan
+from models.scan import RECURRENCES, choose_backend, scan
 from tests.benchmarks import results
 from tests.benchmarks.plot import plot_lines
+from tests.benchmarks.scan_peers import DEVICE, GPU_PEERS, PEERS, Case, Run, ours
 from trainer.memory import keep_freed_memory
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"cuda": [(1, 1 << 20, 1024), (32, 4096, 1024)], "cpu": [(1, 65536, 256), (8, 4096, 512)]}
 LENGTHS = {"cuda": range(10, 21, 2), "cpu": range(10, 17, 2)}  # of the plot, in powers of two
 PASSES = ("forward", "backward", "forward+backward")
 # Least shares of the limit, forward and backward: the project's targets on a CPU in fp32.
 TARGETS = {"linear": (0.85, 0.75), "mingru": (0.6, 0.6), "minlstm": (0.6, 0.6)}
-
-Run = Callable[[], Any]
-
-
-@dataclass
-class Case:
-    """One recurrence on one shape, with everything that a pass may read."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-
-    def __post_init__(self) -> None:
-        batch, steps, width = self.shape
-        self.recurrence = RECURRENCES[self.name]
-        parts = [self.recurrence.parts * width] * (2 if self.name == "linear" else 1)
-        inputs = [torch.randn(batch, steps, n, device=DEVICE) for n in parts]
-        if self.name == "linear":
-            inputs[0].sigmoid_()
-        self.inputs: Inputs = tuple(x.to(self.dtype).requires_grad_() for x in inputs)
-        self.h_in = torch.zeros(batch, width, device=DEVICE)
-        self.grad_h = torch.randn(self.shape, device=DEVICE).to(self.dtype)
-
-    def bytes_moved(self, which: str) -> int:
-        """Of a pass that reads its inputs once and writes its outputs once."""
-        inputs = sum(x.nbytes for x in self.inputs)
-        forward = inputs + self.grad_h.nbytes  # h is as large as its gradient
-        read = self.inputs[0].nbytes + 2 * self.grad_h.nbytes  # of "linear" a alone
-        backward = read + inputs
-        return {"forward": forward, "backward": backward}.get(which, forward + backward)
-
-
-def ours(case: Case, which: str, backend: str) -> Run:
-    inputs = tuple(x.detach() for x in case.inputs)
-    if which == "forward":
-        return lambda: operators.forward(backend, case.recurrence, inputs, case.h_in, None)
-    if which == "backward":
-        h, _ = operators.forward(backend, case.recurrence, inputs, case.h_in, None)
-        grads = (case.grad_h, torch.zeros_like(case.h_in))
-        return lambda: operators.backward(
-            backend, case.recurrence, inputs, h, case.h_in, *grads, None
-        )
-    return _with_gradient(case, lambda *x: scan(case.recurrence, x, case.h_in, backend=backend)[0])
-
-
-def _with_gradient(case: Case, forward: Callable[..., Tensor]) -> Run:
-    return lambda: torch.autograd.grad(forward(*case.inputs), case.inputs, case.grad_h)
-
-
-def _peer(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
-    """A peer that torch differentiates: its backward cannot be timed alone."""
-    if which == "forward":
-        return torch.no_grad()(lambda: forward(*case.inputs))
-    return _with_gradient(case, forward) if which == "forward+backward" else None
-
-
-def log_space(case: Case, which: str) -> Run | None:
-    """The paper's parallel form, with plain torch."""
-    if case.name != "mingru" or case.dtype != torch.float32:
-        return None
-    return _peer(case, which, lambda kv: reference.mingru_log_space(kv)[0])
-
-
-def mingru_pytorch(case: Case, which: str) -> Run | None:
-    """minGRU-pytorch from PyPI, without its projections: the gates and its scan."""
-    package = import_module("minGRU_pytorch.minGRU")
-    if case.name != "mingru" or case.dtype != torch.float32:
-        return None
-
-    def forward(kv: Tensor) -> Tensor:
-        gate, hidden = kv.chunk(2, dim=-1)
-        values = -F.softplus(-gate) + package.log_g(hidden)
-        return package.heinsen_associative_scan_log(-F.softplus(gate), values)
-
-    return _peer(case, which, forward)
-
-
-def chunk_hgrn(case: Case, which: str) -> Run | None:
-    """flash-linear-attention's chunked kernel; gates given as logarithms."""
-    function = import_module("fla.ops.hgrn").chunk_hgrn
-    return _log_gated(case, which, lambda log_a, b: function(b, log_a)[0])
-
-
-def fused_recurrent_hgrn(case: Case, which: str) -> Run | None:
-    """flash-linear-attention's sequential kernel; gates given as logarithms."""
-    function = import_module("fla.ops.hgrn").fused_recurrent_hgrn
-    return _log_gated(case, which, lambda log_a, b: function(b, log_a)[0])
-
-
-def accelerated_scan(case: Case, which: str) -> Run | None:
-    """accelerated-scan's warp kernel, in its own layout [B, H, T]."""
-    function = import_module("accelerated_scan.warp").scan
-    if case.name != "linear":
-        return None
-    a, b = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in case.inputs)
-    grad = case.grad_h.transpose(1, 2).contiguous()
-    if which == "forward":
-        return torch.no_grad()(lambda: function(a, b))
-    if which == "backward":
-        return None
-    return lambda: torch.autograd.grad(function(a, b), (a, b), grad)
-
-
-def selective_scan(case: Case, which: str) -> Run | None:
-    """mamba's kernel with a state of one; it has its own exponential in front."""
-    function = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    if case.name != "linear":
-        return None
-    b = case.inputs[1].detach().transpose(1, 2).contiguous().requires_grad_()
-    delta = torch.rand_like(b)
-    A = -torch.ones(b.shape[1], 1, device=DEVICE)
-    ones = torch.ones(b.shape[0], 1, b.shape[2], device=DEVICE, dtype=b.dtype)
-    grad = case.grad_h.transpose(1, 2).contiguous()
-    if which == "forward":
-        return torch.no_grad()(lambda: function(b, delta, A, ones, ones))
-    if which == "backward":
-        return None
-    return lambda: torch.autograd.grad(function(b, delta, A, ones, ones), b, grad)
-
-
-def _log_gated(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | None:
-    """A peer of "linear" that wants log a, which is made beforehand."""
-    if case.name != "linear" or which == "backward":
-        return None
-    leaves = (case.inputs[0].detach().log().requires_grad_(), case.inputs[1])
-    if which == "forward":
-        return torch.no_grad()(lambda: forward(*leaves))
-    return lambda: torch.autograd.grad(forward(*leaves), leaves, case.grad_h)
-
-
-PEERS: dict[str, Callable[[Case, str], Run | None]] = {
-    "log-space": log_space,
-    "minGRU-pytorch": mingru_pytorch,
-}
-GPU_PEERS: dict[str, Callable[[Case, str], Run | None]] = {
-    "FLA chunk_hgrn": chunk_hgrn,
-    "FLA fused_recurrent_hgrn": fused_recurrent_hgrn,
-    "accelerated-scan": accelerated_scan,
-    "mamba selective_scan": selective_scan,
-}
-if DEVICE == "cuda":
-    PEERS |= GPU_PEERS
 
 
 def contenders(case: Case, which: str) -> tuple[dict[str, Run], dict[str, str]]:

@@ -25,16 +25,13 @@ class _Halo(torch.autograd.Function):
         ctx: Any, tail: Tensor, carry: Tensor, group: SequenceGroup
     ) -> tuple[Tensor, Tensor]:
         ctx.group = group
-        ctx.set_materialize_grads(False)
         return group.shift(tail, 1, carry), group.broadcast(tail, group.size - 1)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_halo: Tensor, grad_leaving: Tensor | None
+        ctx: Any, grad_halo: Tensor, grad_leaving: Tensor
     ) -> tuple[Tensor, Tensor | None, None]:
         group: SequenceGroup = ctx.group
-        if grad_leaving is None:
-            grad_leaving = torch.zeros_like(grad_halo)
         # the last rank's tail went to the next segment
         grad_tail = group.shift(grad_halo, -1, grad_leaving)
         grad_carry = group.broadcast(grad_halo, 0) if ctx.needs_input_grad[1] else None

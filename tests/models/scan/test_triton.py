@@ -145,5 +145,5 @@ def test_kernels_compile_ahead_without_spills(capability):
     assert len(usage) == 4 * (3 + 2) + 2
     for kernel, figures in usage.items():
         assert figures["spilled_bytes"] == 0, (kernel, figures)
-        assert figures["registers"] <= 168, (kernel, figures)  # twelve warps to a quarter processor
+        assert figures["registers"] <= 168, (kernel, figures)  # twelve warps to a processor
         assert figures["narrowest_load"] >= 64, (kernel, figures)  # four bf16 to a lane
