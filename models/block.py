@@ -20,9 +20,14 @@ class Block(nn.Module):
             self.mlp = SwiGLU(config.width, config.mlp_width)
 
     def forward(
-        self, x: Tensor, carry: Carry | None = None, *, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        carry: Carry | None = None,
+        *,
+        reset: Tensor | None = None,
+        last: bool = False,
     ) -> tuple[Tensor, Carry]:
-        y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset)
+        y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset, last=last)
         x = x + y
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-MIXER_NAMES = ("mingru", "minlstm")
+MIXER_NAMES = ("mingru", "minlstm", "attention", "window")
 
 
 @dataclass
@@ -20,6 +20,11 @@ class ModelConfig:
     mlp_ratio: float = 8 / 3  # SwiGLU's hidden width over D; 0 turns the MLP off
     normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
     memory_tokens: float = 1024.0  # longest mean memory, in tokens, at initialisation
+    heads: int = 4  # of attention and window, each width / heads wide
+    kv_heads: int | None = None  # heads of keys and values, shared in groups; None: as many
+    rope_base: float = 10000.0  # rotary positions; raise it for contexts beyond some 8K tokens
+    window: int = 1024  # tokens that a query of the window mixer sees, itself included
+    tie_embeddings: bool = False  # the head reads with the embedding's matrix
     norm_eps: float = 1e-6
 
     @property
@@ -33,9 +38,20 @@ class ModelConfig:
         return round(self.mlp_ratio * self.width / 8) * 8
 
     @property
-    def halo_width(self) -> int:
-        """Tokens before a shard that its convolution must see."""
+    def shared_kv_heads(self) -> int:
+        """Heads of keys and values, each shared by heads / kv heads queries."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def conv_halo(self) -> int:
+        """Tokens before a shard that a convolution must see."""
         return max(0, self.conv_width - 1)
+
+    @property
+    def halo_width(self) -> int:
+        """Tokens before a shard that any layer must see by a halo."""
+        widths = {"attention": 0, "window": self.window - 1}
+        return max(widths.get(mixer, self.conv_halo) for mixer in self.layer_mixers())
 
     def layer_mixers(self) -> list[str]:
         """The mixer's name for every layer, first to last."""
@@ -63,4 +79,26 @@ class ModelConfig:
             found.append(("mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"))
         if self.memory_tokens < 2:
             found.append(("memory_tokens", f"{self.memory_tokens} is below 2 tokens"))
+        if not found and {"attention", "window"} & set(self.layer_mixers()):
+            found += self._attention_faults()
+        return found
+
+    def _attention_faults(self) -> list[tuple[str, str]]:
+        if self.heads < 1 or self.width % (2 * self.heads):
+            return [
+                (
+                    "heads",
+                    f"{self.heads} does not cut width {self.width} into heads of an even width: "
+                    f"make width a multiple of twice the heads",
+                )
+            ]
+        found = []
+        if self.shared_kv_heads < 1 or self.heads % self.shared_kv_heads:
+            found.append(
+                ("kv_heads", f"{self.kv_heads} does not divide heads {self.heads}: use a divisor")
+            )
+        if self.rope_base <= 1:
+            found.append(("rope_base", f"{self.rope_base} is not above 1: 10000 is usual"))
+        if self.window < 2:
+            found.append(("window", f"{self.window} is below 2 tokens"))
         return found

@@ -42,6 +42,8 @@ class LanguageModel(nn.Module):
         self.blocks = cast(list[Block], nn.ModuleList(stack))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
         # How a block is called: replaced from outside where its activations are not to be kept.
         self.call_block: Callable[..., Any] = _call_block
         self.init_weights()
@@ -53,18 +55,21 @@ class LanguageModel(nn.Module):
         *,
         reset: Tensor | None = None,
         readout: Readout = F.linear,
+        last: bool = False,
     ) -> tuple[Any, list[Carry]]:
         """tokens [B, T] int64 -> (what `readout` returns, the carry of the next segment).
 
         The default readout gives logits [B, T, V]. carry is one per layer, None for an empty
-        history; reset [B, T] uint8 marks documents that start afresh.
+        history; reset [B, T] uint8 marks documents that start afresh. With `last` no segment
+        follows: no carry is returned, so that none is kept alive.
         """
         x = self.embed(tokens)
         carries = []
         for layer, block in enumerate(self.blocks):
             entering = None if carry is None else carry[layer]
-            x, leaving = self.call_block(block, x, entering, reset=reset)
-            carries.append(leaving)
+            x, leaving = self.call_block(block, x, entering, reset=reset, last=last)
+            if not last:
+                carries.append(leaving)
         return self.head(self.norm(x), readout), carries
 
     def init_carry(self, batch_size: int, device: torch.device) -> list[Carry]:
@@ -77,9 +82,9 @@ class LanguageModel(nn.Module):
 
         Matrices N(0, 1/fan_in); those that write to the residual are divided by sqrt(2 * layers),
         so that its variance does not grow with depth; the head is small, so that the first loss is
-        log V. The convolution starts as the identity plus noise. Gate biases spread the channels'
-        memories evenly in log time from 2 to `memory_tokens` tokens (Tallec & Ollivier 2018,
-        arXiv:1804.11188, chrono initialisation).
+        log V, and so is the embedding where both are one. The convolution starts as the identity
+        plus noise. Gate biases spread the channels' memories evenly in log time from 2 to
+        `memory_tokens` tokens (Tallec & Ollivier 2018, arXiv:1804.11188, chrono initialisation).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

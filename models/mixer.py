@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.scan import Inputs, Recurrence, scan
+from models.softmax_attention import Cache, attend
 
 Carry = tuple[Tensor, ...]
 
@@ -20,6 +21,8 @@ Carry = tuple[Tensor, ...]
 MIXERS = {
     "mingru": "models.mingru:MinGRUMixer",
     "minlstm": "models.minlstm:MinLSTMMixer",
+    "attention": "models.attention:AttentionMixer",
+    "window": "models.attention:WindowMixer",
 }
 
 
@@ -40,6 +43,22 @@ class SequenceOps(Protocol):
         a reset [B, T] hides from everything after it come as zeros.
         """
 
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        reset: Tensor | None,
+        rope_base: float,
+        last: bool,
+    ) -> tuple[Tensor, Carry]:
+        """Causal softmax attention [B, T, heads, d] over the cache and the segment so far.
+
+        q [B, T, heads, d], k, v [B, T, kv heads, d] come without positions, which are known here
+        alone. With `last` nothing is cached and the carry is empty.
+        """
+
 
 class LocalOps:
     """The verbs on one device."""
@@ -54,6 +73,18 @@ class LocalOps:
     ) -> tuple[Tensor, Tensor]:
         extended = torch.cat([carry.to(x.dtype), x], dim=1)
         return extended, visible_tail(extended, width, reset)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        reset: Tensor | None,
+        rope_base: float,
+        last: bool,
+    ) -> tuple[Tensor, Carry]:
+        return attend(q, k, v, cache, reset, rope_base, last)
 
 
 def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
@@ -83,9 +114,17 @@ class SequenceMixer(nn.Module):
         self.ops: SequenceOps = LocalOps()
 
     def forward(
-        self, x: Tensor, carry: Carry | None = None, *, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        carry: Carry | None = None,
+        *,
+        reset: Tensor | None = None,
+        last: bool = False,
     ) -> tuple[Tensor, Carry]:
-        """reset [B, T] uint8, 1 at a document's first token."""
+        """reset [B, T] uint8, 1 at a document's first token.
+
+        `last` says that no segment follows: a carry that costs memory need not be made.
+        """
         raise NotImplementedError
 
     def init_carry(self, batch_size: int, device: torch.device) -> Carry:

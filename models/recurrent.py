@@ -23,7 +23,7 @@ class RecurrentMixer(SequenceMixer):
         super().__init__()
         width, state = config.width, config.state_width
         self.recurrence = recurrence
-        self.width, self.state_width, self.halo_width = width, state, config.halo_width
+        self.width, self.state_width, self.halo_width = width, state, config.conv_halo
         self.conv = CausalConv(width, config.conv_width) if config.conv_width else None
         self.preactivations = nn.Linear(width, recurrence.parts * state)
         self.gate = nn.Linear(width, state, bias=False) if config.gate else None
@@ -42,7 +42,12 @@ class RecurrentMixer(SequenceMixer):
         return state, torch.zeros(batch_size, self.halo_width, self.width, device=device)
 
     def forward(
-        self, x: Tensor, carry: Carry | None = None, *, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        carry: Carry | None = None,
+        *,
+        reset: Tensor | None = None,
+        last: bool = False,
     ) -> tuple[Tensor, Carry]:
         state, tail = carry or self.init_carry(x.shape[0], x.device)
         u = x

@@ -317,17 +317,25 @@ def _number_faults(config: Config) -> Iterator[tuple[str, str]]:
 
 def _sharding_faults(config: Config) -> Iterator[tuple[str, str]]:
     train, sp, workers = config.train, config.parallel.sp, config.launch.workers
+    model = None if config.model.faults() else config.model
     if train.seq_len % sp:
         nearest = train.seq_len // sp * sp or sp
         yield (
             "train.seq_len",
             f"{train.seq_len} is not divisible by parallel.sp {sp}: use {nearest}",
         )
-    elif sp > 1 and config.shard_tokens < config.model.halo_width:
+    elif model and sp > 1 and config.shard_tokens < model.halo_width:
         yield (
             "train.seq_len",
             f"{train.seq_len} gives shards of {config.shard_tokens} tokens, fewer than the "
-            f"{config.model.halo_width} the convolution sees: lengthen it or lower parallel.sp",
+            f"{model.halo_width} before it that a convolution or window sees: lengthen it or "
+            f"lower parallel.sp",
+        )
+    if model and "attention" in model.layer_mixers() and model.heads % sp:
+        yield (
+            "model.heads",
+            f"{model.heads} heads of attention cannot be dealt to parallel.sp {sp} ranks: "
+            f"use a multiple of {sp} heads, or an sp that divides them",
         )
     if workers % sp:
         yield (

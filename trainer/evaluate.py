@@ -58,7 +58,7 @@ def evaluate(
         batch = reader.micro_batch([min(index, count - 1)])
         reset = None if batch.reset is None else batch.reset.to(device)
         readout = partial(token_losses, labels=batch.labels.to(device), tile=tile)
-        losses, _ = model(batch.tokens.to(device), reset=reset, readout=readout)
+        losses, _ = model(batch.tokens.to(device), reset=reset, readout=readout, last=True)
         if index < count:
             totals[0].index_add_(0, bins, losses[0].double())
             totals[1] += torch.bincount(bins, minlength=len(edges) - 1)

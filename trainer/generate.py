@@ -1,10 +1,10 @@
-"""Continue a text with constant memory and constant time per token."""
+"""Continue a text: with constant memory and time per token, unless a layer is full attention."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, folder_tokenizer
@@ -22,7 +22,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[LanguageModel, Tokeniz
     config = load_dumped(folder / "config.yaml")
     weights, manifest = find_weights(folder)
     model = LanguageModel(config.model)
-    model.load_state_dict(load_file(weights))
+    load_model(model, weights)  # knows of a matrix that embedding and head share
     return model.to(device).float().eval(), folder_tokenizer(folder), manifest.step
 
 
@@ -40,8 +40,9 @@ def generate(
     """Tokens that continue `prompt`, one by one.
 
     The prompt, of any length, is read in segments of `segment_tokens`; what is kept between
-    segments and between tokens is the model's carry, whose size does not grow. temperature 0 takes
-    the likeliest token; top_k > 0 samples among the k likeliest.
+    segments and between tokens is the model's carry, whose size does not grow but for full
+    attention's, which holds keys and values of all that was read. temperature 0 takes the likeliest
+    token; top_k > 0 samples among the k likeliest.
     Raises ValueError for an empty prompt or a token outside the vocabulary.
     """
     if not prompt:

@@ -30,7 +30,7 @@ def step_metrics(
     rate = config.train.batch_size * config.train.seq_len / step_seconds
     rate_per_worker = rate / config.launch.workers
     peak = peak_flops(device)
-    flops = training_flops_per_token(config.model) * rate_per_worker
+    flops = training_flops_per_token(config.model, config.train.seq_len) * rate_per_worker
     return {
         "step": step,
         "tokens": consumed * config.train.seq_len,

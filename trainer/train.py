@@ -240,7 +240,7 @@ def _accumulate(
             tile=config.train.loss_tile_tokens,
         )
         reset = None if batch.reset is None else batch.reset.to(device)
-        loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout)
+        loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
         loss = loss / sequence_tokens
         engine.backward(loss)
         total += loss.detach()

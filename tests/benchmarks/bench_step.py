@@ -165,7 +165,9 @@ def _profile(config: Config, steps: int) -> dict[str, Any]:
         "step_seconds": round(median, 4),
         "spread": [round(min(seconds), 4), round(max(seconds), 4)],
         "tokens_per_second": round(count / median),
-        "gflops": round(training_flops_per_token(config.model) * count / median / 1e9, 1),
+        "gflops": round(
+            training_flops_per_token(config.model, config.train.seq_len) * count / median / 1e9, 1
+        ),
         "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
         "share": {p: round(t / total, 3) for p, t in sorted(parts.items(), key=lambda x: -x[1])},
         "largest": {

@@ -4,27 +4,38 @@ from pathlib import Path
 
 import pytest
 
-from models.config import MIXER_NAMES
 from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, train_here
 from trainer import train as train_module
 
-STAGES = (0, 1, 2, 3)
+# Name -> what is set, and the ZeRO stages that are tried.
+ATTENTION = ("model.width=24", "model.heads=12", "model.kv_heads=2", "model.window=20")
+CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "mingru": (("model.mixer=mingru",), (0, 1, 2, 3)),
+    "minlstm": (("model.mixer=minlstm",), (0, 1, 2, 3)),
+    "attention": (("model.mixer=attention", *ATTENTION), (0, 1, 2, 3)),
+    "attention, tied": (
+        ("model.mixer=attention", "model.tie_embeddings=true", *ATTENTION),
+        (0, 3),
+    ),
+    "window": (("model.mixer=window", *ATTENTION), (0, 3)),
+    "hybrid": (("model.mixer=[mingru,window]", *ATTENTION), (0, 3)),
+}
 # Five AdamW steps in fp32: rounding of 6e-8 a sum, amplified by divisions by small second moments.
 TOLERANCE = 1e-5
 
 
 def _every_stage(config_file: Path, sp: int) -> dict[str, Figures]:
-    """On every rank: the figures of each mixer and stage, trained one after another."""
+    """On every rank: the figures of each case and stage, trained one after another."""
     result = {}
-    for mixer in MIXER_NAMES:
-        for stage in STAGES:
-            name = f"{mixer} zero={stage}"
+    for case, (settings, stages) in CASES.items():
+        for stage in stages:
+            name = f"{case} zero={stage}"
             overrides = [
-                f"model.mixer={mixer}",
+                *settings,
                 f"deepspeed.zero_stage={stage}",
                 f"parallel.sp={sp}",
-                f"run.dir={config_file.parent / f'{mixer}-{stage}-{sp}'}",
+                f"run.dir={config_file.parent / f'{len(result)}-{stage}-{sp}'}",
             ]
             result[name] = figures(train_here(config_file, overrides))
     return result
@@ -46,11 +57,11 @@ def _worst(actual: Figures, expected: Figures) -> float:
 def test_ranks_equal_plain_torch(config_file, ranks, sp):
     """Losses and gradient norms over 5 steps, with convolution, gate, resets and clipping on."""
     results = run_distributed(_every_stage, ranks, config_file, sp)[0]
-    for mixer in MIXER_NAMES:
-        expected = plain_training(config_file, f"model.mixer={mixer}")
-        for stage in STAGES:
-            worst = _worst(results[f"{mixer} zero={stage}"], expected)
-            assert worst < TOLERANCE, f"{mixer} zero={stage} differs by {worst:.1e}"
+    for case, (settings, stages) in CASES.items():
+        expected = plain_training(config_file, *settings)
+        for stage in stages:
+            worst = _worst(results[f"{case} zero={stage}"], expected)
+            assert worst < TOLERANCE, f"{case} zero={stage} differs by {worst:.1e}"
 
 
 def _planted(config_file: Path, stage: int) -> Figures:

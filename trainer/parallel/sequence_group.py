@@ -34,11 +34,10 @@ class ExchangeMeter:
         self.seconds, self.sent_bytes = 0.0, 0
         return taken
 
-    def add(self, start: float, sent: Tensor | None) -> None:
-        """A collective that began at `start` and into which this rank gave `sent`."""
+    def add(self, start: float, sent_bytes: int) -> None:
+        """A collective that began at `start` and into which this rank gave `sent_bytes`."""
         self.seconds += time.perf_counter() - start
-        if sent is not None:
-            self.sent_bytes += sent.numel() * sent.element_size()
+        self.sent_bytes += sent_bytes
 
 
 class SequenceGroup:
@@ -74,6 +73,10 @@ class SequenceGroup:
         """
         return _shift(x, outside, step, self.name)
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Part i of x [P, ...] goes to rank i; the parts that came, [P, ...]. Differentiable."""
+        return _all_to_all(x, self.name)
+
 
 _NUMBERS = count()
 _GROUPS: WeakValueDictionary[str, SequenceGroup] = WeakValueDictionary()
@@ -85,7 +88,7 @@ def _all_gather(x: Tensor, group: str) -> Tensor:
     x = x.contiguous()
     gathered = x.new_empty(sequence.size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x, group=sequence.group)
-    sequence.meter.add(start, x)
+    sequence.meter.add(start, x.nbytes)
     return gathered.view(sequence.size, *x.shape)
 
 
@@ -99,7 +102,7 @@ def _broadcast(x: Tensor, source: int, group: str) -> Tensor:
     sequence, start = _GROUPS[group], time.perf_counter()
     x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.broadcast(x, sequence.ranks[source], group=sequence.group)
-    sequence.meter.add(start, x if sequence.rank == source else None)
+    sequence.meter.add(start, x.nbytes if sequence.rank == source else 0)
     return x
 
 
@@ -119,7 +122,18 @@ def _shift(x: Tensor, outside: Tensor, step: int, group: str) -> Tensor:
         operations.append(dist.P2POp(dist.irecv, received, sequence.ranks[source], sequence.group))
     for work in dist.batch_isend_irecv(operations) if operations else []:
         work.wait()
-    sequence.meter.add(start, x if sends else None)
+    sequence.meter.add(start, x.nbytes if sends else 0)
+    return received
+
+
+@custom_op("longhaul::all_to_all", mutates_args=())
+def _all_to_all(x: Tensor, group: str) -> Tensor:
+    sequence, start = _GROUPS[group], time.perf_counter()
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=sequence.group)
+    # a rank's part for itself does not travel
+    sequence.meter.add(start, x.nbytes - x.nbytes // sequence.size)
     return received
 
 
@@ -131,3 +145,20 @@ def _(x: Tensor, source: int, group: str) -> Tensor:
 @_shift.register_fake
 def _(x: Tensor, outside: Tensor, step: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_all_to_all.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _remember_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _all_to_all_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """What came from a rank, its gradient goes back to."""
+    return _all_to_all(grad, ctx.group), None
+
+
+_all_to_all.register_autograd(_all_to_all_backward, setup_context=_remember_group)

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from models.mixer import SequenceMixer, visible_tail
+from models.mixer import Carry, SequenceMixer, visible_tail
 from models.scan import Inputs, Recurrence
+from models.softmax_attention import Cache
 from trainer.parallel.halo import exchange_halo
 from trainer.parallel.sequence_group import SequenceGroup
 from trainer.parallel.topology import Topology
 from trainer.parallel.two_level_scan import two_level_scan
+from trainer.parallel.ulysses import ulysses_attend
 
 
 class ShardedOps:
@@ -33,6 +35,18 @@ class ShardedOps:
         tail = visible_tail(x, width, reset)
         halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group)
         return torch.cat([halo, x], dim=1), leaving
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        reset: Tensor | None,
+        rope_base: float,
+        last: bool,
+    ) -> tuple[Tensor, Carry]:
+        return ulysses_attend(q, k, v, cache, reset, rope_base, last, self.group)
 
 
 def parallelize(model: nn.Module, topology: Topology) -> None:

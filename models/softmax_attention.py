@@ -1,0 +1,206 @@
+"""Softmax attention on one device: rotary positions, a cache of keys and values, a sliding window.
+
+Layout is [B, T, heads, d] throughout. Fewer key-value heads than query heads are shared among them
+in order (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). The products run in
+torch's scaled_dot_product_attention, so no [T, T] matrix exists where its kernels avoid one.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+# Queries at a time where a mask is needed over a cache: bounds the mask to this many rows.
+_MASKED_ROWS = 512
+
+
+class Cache(NamedTuple):
+    """What full attention keeps of the tokens before a segment. A carry whose size grows.
+
+    Without gradients the buffers have room to spare, and tokens are appended in place as long as
+    no other continuation of the same text has done so (`filled` is shared by all of them).
+    """
+
+    keys: Tensor  # [B, capacity, kv heads, d], rotated; the first `length` are there
+    values: Tensor
+    visible: Tensor  # [B, length] bool, false before a document's start; [B, 0]: all of it
+    length: Tensor  # int64 scalar on the CPU
+    filled: Tensor  # how much of the buffers any continuation has written
+
+
+def empty_cache(batch_size: int, kv_heads: int, head_width: int, device: torch.device) -> Cache:
+    """The cache of an empty history."""
+    nothing = torch.zeros(batch_size, 0, kv_heads, head_width, device=device)
+    visible = torch.ones(batch_size, 0, dtype=torch.bool, device=device)
+    zero = torch.zeros((), dtype=torch.int64)
+    return Cache(nothing, nothing, visible, zero, zero.clone())
+
+
+def rotate(x: Tensor, first: int, base: float) -> Tensor:
+    """x [B, T, heads, d] turned by the angles of positions first, first + 1, ...; d is even.
+
+    Source: Su et al. 2021 (arXiv:2104.09864), with the halves of d as pairs, as Llama has it.
+    """
+    cos, sin = _angles(x.shape[1], first, x.shape[-1] // 2, base, x.device, x.dtype)
+    left, right = x.chunk(2, dim=-1)  # products with fp32 angles are fp32
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+@lru_cache(maxsize=4)  # shared by all layers; a decoded token asks for an entry of its own
+def _angles(
+    count: int, first: int, half: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, d / 2], in fp32 or wider; made in fp64, or they blur at 1M positions."""
+    with torch.inference_mode(False), torch.no_grad():
+        positions = torch.arange(first, first + count, dtype=torch.float64, device=device)
+        exponents = torch.arange(half, dtype=torch.float64, device=device) / half
+        angles = (positions[:, None] * base**-exponents).unsqueeze(1)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache,
+    reset: Tensor | None,
+    rope_base: float,
+    last: bool = False,
+) -> tuple[Tensor, Cache | tuple[()]]:
+    """Causal attention of a segment to itself and to what is cached before it.
+
+    q [B, T, heads, d], k, v [B, T, kv heads, d], not yet rotated; reset [B, T] marks documents,
+    between which nothing is seen. Returns [B, T, heads, d] and the cache with this segment in it;
+    with `last` no cache is made of a segment that has nothing before it.
+    """
+    past = int(cache.length)
+    q, k = rotate(q, past, rope_base), rotate(k, past, rope_base)
+    if not past:
+        y = _attend_documents(q, k, v, reset)
+        return y, () if last else _append(cache, k, v, reset)
+    longer = _append(cache, k, v, reset)
+    keys, values = (x[:, : past + q.shape[1]] for x in (longer.keys, longer.values))
+    return _attend_after(past, q, keys, values, cache.visible, reset), () if last else longer
+
+
+def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
+    past, total = int(cache.length), int(cache.length) + k.shape[1]
+    recorded = torch.is_grad_enabled()
+    keys, values, filled = cache.keys, cache.values, cache.filled
+    if not recorded and past and int(filled) == past and total <= keys.shape[1]:
+        keys[:, past:total], values[:, past:total] = k, v
+    else:
+        room = 0 if recorded or not past else total // 4 + 64
+        spare = k.new_empty(k.shape[0], room, *k.shape[2:])
+        keys = torch.cat([keys[:, :past].to(k.dtype), k, spare], dim=1)
+        values = torch.cat([values[:, :past].to(v.dtype), v, spare], dim=1)
+        filled = torch.zeros_like(filled)
+    filled.fill_(total)
+    visible = cache.visible
+    if reset is not None or visible.shape[1]:
+        seen = visible if visible.shape[1] else visible.new_ones(k.shape[0], past)
+        visible = torch.cat([seen, seen.new_ones(k.shape[0], k.shape[1])], dim=1)
+        if reset is not None:
+            later = reset.flip(1).cumsum(1).flip(1)  # starts from here on
+            hidden = F.pad(later[:, 1:], (0, 1)) > 0
+            before = (later[:, :1] > 0).expand(-1, past)
+            visible = visible & ~torch.cat([before, hidden], dim=1)
+    return Cache(keys, values, visible, torch.full_like(cache.length, total), filled)
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> Tensor:
+    """Causal attention within each document, one call a document: no mask, no wasted product."""
+    batch, steps = q.shape[:2]
+    starts = [] if reset is None else reset[:, 1:].nonzero().tolist()
+    if not starts:
+        return _attention(q, k, v, is_causal=True)
+    rows = []
+    for row in range(batch):
+        edges = [0, *(at + 1 for where, at in starts if where == row), steps]
+        lengths = [stop - start for start, stop in pairwise(edges)]
+        parts = zip(*(x[row : row + 1].split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        rows.append(torch.cat([_attention(*part, is_causal=True) for part in parts], dim=1))
+    return torch.cat(rows)
+
+
+def _attend_after(
+    past: int, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, reset: Tensor | None
+) -> Tensor:
+    """q [B, T, ...] against keys [B, past + T, ...], of which `visible` tells the first."""
+    steps = q.shape[1]
+    masked = reset is not None or visible.shape[1] > 0
+    if masked:
+        document = torch.zeros_like(q[:, :, 0, 0], dtype=torch.int64)
+        document = document if reset is None else reset.cumsum(1)
+        before = torch.zeros_like(document[:, :1]).expand(-1, past)
+        if visible.shape[1]:
+            before = torch.where(visible, 0, -1)
+        documents = torch.cat([before, document], dim=1)
+    pieces = []
+    for begin in range(0, steps, _MASKED_ROWS):
+        rows = slice(begin, min(steps, begin + _MASKED_ROWS))
+        seen = past + rows.stop
+        mask: Any = None
+        if masked:
+            same = document[:, rows, None] == documents[:, None, :seen]
+            order = torch.ones(rows.stop - begin, seen, dtype=torch.bool, device=q.device)
+            mask = (same & order.tril(past + begin)).unsqueeze(1)
+        elif steps > 1:
+            mask = causal_lower_right(rows.stop - begin, seen)
+        pieces.append(_attention(q[:, rows], keys[:, :seen], values[:, :seen], attn_mask=mask))
+    return torch.cat(pieces, dim=1)
+
+
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, reset: Tensor | None, rope_base: float
+) -> Tensor:
+    """Attention of every token to itself and the W - 1 tokens before it; linear in T.
+
+    q [B, T, heads, d]; k, v [B, W - 1 + T, kv heads, d], the halo first, none rotated; visible
+    [B, W - 1] bool tells which of the halo is there at all; reset [B, T] marks documents.
+    Queries go in blocks against the keys that any of a block may see, (C + W - 1) / W times the
+    products that are needed. With resets the mask takes T * (C + W - 1) bytes.
+    """
+    batch, steps = q.shape[:2]
+    halo = k.shape[1] - steps
+    block = min(steps, max(16, (halo + 1) // 2))  # C
+    blocks = -(-steps // block)
+    span = block + halo  # keys that a block may see
+    # Only relative positions count, so every shard may start from its own.
+    q, k = rotate(q, halo, rope_base), rotate(k, 0, rope_base)
+    padding = (0, 0, 0, 0, 0, blocks * block - steps)
+    q = F.pad(q, padding).unflatten(1, (blocks, block))
+    k, v = (F.pad(x, padding).unfold(1, span, block).movedim(-1, 2) for x in (k, v))
+
+    row = torch.arange(block, device=q.device)[:, None]
+    key = torch.arange(span, device=q.device)
+    band = (row <= key) & (key <= row + halo)  # [C, C + W - 1]
+    document = torch.zeros_like(visible[:, :1], dtype=torch.int64).expand(-1, steps)
+    document = document if reset is None else reset.cumsum(1)
+    document = F.pad(document, (0, blocks * block - steps), value=-2)
+    seen = torch.cat([torch.where(visible, 0, -1), document], dim=1).unfold(1, span, block)
+    # Without resets only the first blocks, which see the halo, need more than the band.
+    special = blocks if reset is not None else min(blocks, -(-halo // block))
+    same = document.unflatten(1, (blocks, block))[:, :special, :, None]
+    mask = (band & (same == seen[:, :special, None])).flatten(0, 1).unsqueeze(1)
+    parts = [slice(0, special), slice(special, blocks)]
+    pieces = []
+    for part, allowed in zip(parts, (mask, band), strict=True):
+        if part.stop > part.start:
+            queries, keys, values = (x[:, part].flatten(0, 1) for x in (q, k, v))
+            y = _attention(queries, keys, values, attn_mask=allowed)
+            pieces.append(y.unflatten(0, (batch, part.stop - part.start)))
+    return torch.cat(pieces, dim=1).flatten(1, 2)[:, :steps]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """torch's kernel, in our layout."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    shared = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **how)
+    return y.transpose(1, 2)

@@ -1,0 +1,149 @@
+"""Attention over real processes against one process, in fp64: by all-to-all, windows by halo."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from models.mixer import LocalOps
+from models.softmax_attention import Cache, empty_cache
+from tests.distributed import run_distributed
+from tests.models.scan.cases import make_reset
+from trainer.parallel.sharded import ShardedOps, parallelize
+from trainer.parallel.topology import Topology
+
+BATCH, SHARD, WIDTH, BASE = 2, 6, 4, 100.0
+HEADS = (
+    (12, 12),
+    (12, 1),
+    (12, 4),
+    (12, 6),
+)  # kv heads fewer than, not dividing, dividing the ranks
+
+
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def _case(heads: int, kv_heads: int, tokens: int, past: int) -> tuple[list[Tensor], Cache]:
+    """q, k, v of the whole sequence and a cache before it, the same on every rank."""
+    torch.manual_seed(heads + kv_heads)
+    qkv = [_leaf(BATCH, tokens, n, WIDTH) for n in (heads, kv_heads, kv_heads)]
+    cache = empty_cache(BATCH, kv_heads, WIDTH, torch.device("cpu"))
+    if past:
+        visible = torch.ones(BATCH, past, dtype=torch.bool)
+        visible[0, :2] = False
+        length = torch.tensor(past)
+        buffers = [_leaf(BATCH, past, kv_heads, WIDTH) for _ in range(2)]
+        cache = Cache(*buffers, visible, length, length.clone())
+    return qkv, cache
+
+
+def _check_attend() -> int:
+    """On every rank: outputs, the cache that leaves, and all gradients equal one process's."""
+    group = Topology(sp_size=torch.distributed.get_world_size()).sequence
+    local, sharded, checked = LocalOps(), ShardedOps(group), 0
+    mine = slice(group.rank * SHARD, (group.rank + 1) * SHARD)
+    for heads, kv_heads in HEADS:
+        for past in (0, 5):
+            for where in ("none", "random"):
+                qkv, cache = _case(heads, kv_heads, SHARD * group.size, past)
+                reset = make_reset(BATCH, SHARD * group.size, where)
+                buffers = list(cache[:2]) if past else []
+                y, left = local.attend(*qkv, cache, reset, BASE, False)
+                cot = torch.randn_like(y)
+                cots = [torch.randn_like(x) for x in left[:2]]
+                want = torch.autograd.grad([y, *left[:2]], [*qkv, *buffers], [cot, *cots])
+                part = [x.detach()[:, mine].clone().requires_grad_() for x in qkv]
+                part_reset = None if reset is None else reset[:, mine]
+                got_y, got_left = sharded.attend(*part, cache, part_reset, BASE, False)
+                got = torch.autograd.grad(
+                    [got_y, *got_left[:2]], [*part, *buffers], [cot[:, mine], *cots]
+                )
+                expected = [g[:, mine] for g in want[:3]] + list(want[3:])
+                pairs = [(got_y, y[:, mine]), *zip(got, expected, strict=True)]
+                pairs += list(zip(got_left, left, strict=True))
+                for actual, reference in pairs:
+                    torch.testing.assert_close(actual, reference)
+                # nothing is kept where nothing follows
+                again, nothing = sharded.attend(*part, cache, part_reset, BASE, True)
+                assert nothing == ()
+                torch.testing.assert_close(again, got_y)
+                checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_attention_over_ranks_equals_one(ranks):
+    assert run_distributed(_check_attend, ranks) == [len(HEADS) * 4] * ranks
+
+
+def _check_model(mixer: object, shard: int) -> float:
+    """On every rank: logits and gradients of a sharded model equal those of the whole, in fp64."""
+    topology = Topology(sp_size=torch.distributed.get_world_size())
+    tokens = torch.randint(11, (BATCH, shard * topology.sp_size))
+    reset = make_reset(BATCH, tokens.shape[1], "random")
+    config = ModelConfig(
+        mixer=mixer, layers=3, width=16, vocab_size=11, kv_heads=2, window=7, expansion=1.5
+    )
+    torch.manual_seed(1)
+    model = LanguageModel(config).double()
+    logits, carry = model(tokens, reset=reset)
+    cotangent = torch.randn_like(logits)
+    want = torch.autograd.grad(logits, list(model.parameters()), cotangent)
+    parallelize(model, topology)
+    mine = slice(topology.sp_rank * shard, (topology.sp_rank + 1) * shard)
+    got_logits, got_carry = model(tokens[:, mine], reset=reset[:, mine])
+    torch.testing.assert_close(got_logits, logits[:, mine])
+    for layer, got_layer in zip(carry, got_carry, strict=True):
+        for state, got_state in zip(layer, got_layer, strict=True):
+            torch.testing.assert_close(got_state, state)
+    got = torch.autograd.grad(got_logits, list(model.parameters()), cotangent[:, mine])
+    for actual, expected in zip(got, want, strict=True):
+        total = actual.clone()
+        torch.distributed.all_reduce(total)
+        torch.testing.assert_close(total, expected)
+    return float(logits.abs().max())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "mixer",
+    ["attention", "window", ["mingru", "minlstm", "window"], ["window", "attention"]],
+    ids=str,
+)
+def test_sharded_model_equals_whole(mixer, ranks):
+    """A shard of six tokens is as long as the window's halo: the next rank sees no further."""
+    assert len(set(run_distributed(_check_model, ranks, mixer, 6))) == 1
+
+
+def _count_bytes(kv_heads: int) -> tuple[int, int]:
+    group = Topology(sp_size=2).sequence
+    shapes = [(1, 8, n, WIDTH) for n in (4, kv_heads, kv_heads)]
+    qkv = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    cache = empty_cache(1, kv_heads, WIDTH, torch.device("cpu"))
+    y, _ = ShardedOps(group).attend(*qkv, cache, None, BASE, True)
+    forward = group.meter.take()[1]
+    y.sum().backward()
+    return forward, group.meter.take()[1]
+
+
+@pytest.mark.parametrize(("kv_heads", "sent_heads"), [(4, 4), (2, 2), (1, 2)])
+def test_exchange_sends_what_the_formula_says(kv_heads, sent_heads):
+    """(P - 1) / P * T * (2 heads + 2 kv heads) * d, both ways; one kv head goes to both ranks."""
+    sent = 8 * (2 * 4 + 2 * sent_heads) * WIDTH * 4 // 2
+    assert run_distributed(_count_bytes, 2, kv_heads) == [(sent, sent)] * 2
+
+
+def _refused() -> None:
+    group = Topology(sp_size=2).sequence
+    qkv = [torch.randn(1, 4, 3, WIDTH) for _ in range(3)]
+    with pytest.raises(ValueError, match="multiple of 2 heads"):
+        ShardedOps(group).attend(
+            *qkv, empty_cache(1, 3, WIDTH, torch.device("cpu")), None, BASE, True
+        )
+
+
+def test_heads_that_ranks_do_not_divide_are_refused():
+    run_distributed(_refused, 2)
