@@ -1,17 +1,22 @@
-"""The verbs: python -m launch train CONFIG [key=value ...], python -m launch generate RUN_DIR."""
+"""The verbs: python -m launch train|compare CONFIG [key=value ...], generate RUN_DIR."""
 
 import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
-from launch.ray_job import LaunchError, place_faults, run_job
-from trainer.config import ConfigError, load_config
+from launch.gang import LaunchError
+from launch.ray_job import place_faults, run_job
+from trainer.comparison import load_comparison
+from trainer.config import load_config
+from trainer.settings import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -23,6 +28,11 @@ def main(argv: list[str]) -> int:
     )
     train.add_argument("config", help="a YAML file, see configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    compare = verbs.add_parser(
+        "compare", help="measure and train several mixers side by side; run again, it goes on"
+    )
+    compare.add_argument("config", help="a YAML file with a section `compare`, see configs/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
     generate = verbs.add_parser("generate", help="continue a text with a trained model")
     generate.add_argument("run", type=Path, metavar="RUN_DIR")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -36,6 +46,8 @@ def main(argv: list[str]) -> int:
     try:
         if args.verb == "train":
             return _train(args.config, args.overrides)
+        if args.verb == "compare":
+            return _compare(args.config, args.overrides)
         return _generate(args)
     except (ValueError, LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,20 +63,10 @@ def _train(config_path: str, overrides: list[str]) -> int:
     if "://" not in config.data.path:
         config.data.path = str(Path(config.data.path).absolute())
 
-    asked_to_stop = 0
-
-    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop += 1
-        if asked_to_stop > 1:
-            raise KeyboardInterrupt
-        print("\nstopping after the next step and a checkpoint; again to stop at once", flush=True)
-
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    should_stop = _watch_signals("stopping after the next step and a checkpoint")
     print(f"starting {config.launch.workers} workers", flush=True)
     with _Progress() as progress:
-        finished = run_job(config, progress.show, lambda: asked_to_stop > 0)
+        finished = run_job(config, progress.show, should_stop)
     run = Path(config.run.dir)
     if not finished:
         print(f"stopped in good order; the same command goes on from {run / 'checkpoints'}")
@@ -75,6 +77,39 @@ def _train(config_path: str, overrides: list[str]) -> int:
     from launch.report import write_report  # imports torch and matplotlib
 
     print("\n" + write_report(run))
+    return 0
+
+
+def _watch_signals(said: str) -> Callable[[], bool]:
+    """Whether Ctrl-C or a pre-emption has asked to stop in good order; the second stops at once."""
+    asked = 0
+
+    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise KeyboardInterrupt
+        print(f"\n{said}; again to stop at once", flush=True)
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    return lambda: asked > 0
+
+
+def _compare(config_path: str, overrides: list[str]) -> int:
+    comparison = load_comparison(config_path, overrides)
+    if faults := place_faults(comparison.config):
+        raise ConfigError(config_path, faults)
+    from launch.compare import run_comparison, train_quietly
+    from launch.compare_report import write_comparison
+
+    should_stop = _watch_signals("stopping after this cell, or the next step and a checkpoint")
+    show = partial(print, flush=True)
+    results = run_comparison(comparison, show, train_quietly(show, should_stop), should_stop)
+    if results is None:
+        print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
+        return 0
+    print("\n" + write_comparison(Path(comparison.settings.dir), results))
     return 0
 
 

@@ -1,15 +1,7 @@
-"""The door to Ray: a gang of workers, one process each, that run the trainer and may be restarted.
-
-Workers are actors in a placement group. Ray Train would start the same gang in 16 s instead of 3,
-runs it in a thread without signals, tells the driver of the ranks that failed first only, and loses
-an exception that does not unpickle.
-"""
+"""A training on Ray: a gang of workers that run the trainer and may be restarted."""
 
 import json
-import logging
 import os
-import secrets
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -17,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.gang import LaunchError, Placed, connect, environments, gang
 from trainer.config import Config
 
-IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray inside `ray job submit`
 Event = dict[str, Any]
-
-
-class LaunchError(RuntimeError):
-    """The run ended with a fault; the message is for the person who started it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ def run_job(
     which they do after a checkpoint. Lost workers are replaced up to launch.max_failures times.
     Raises LaunchError.
     """
-    _connect(config)
+    connect(config)
     import ray
 
     try:
@@ -117,104 +105,23 @@ def _silent(outcomes: list[Outcome], config: Config) -> list[Outcome]:
     ]
 
 
-def _connect(config: Config) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a Ray of our own, bound to loopback."""
-    root = str(Path(__file__).resolve().parents[1])
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else a warning about CUDA devices
-    if os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        # inside a job the working directory has been uploaded already
-        environment = {} if IN_JOB in os.environ else {"working_dir": root}
-        try:
-            ray.init(runtime_env=environment, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LaunchError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({error}): "
-                f"start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine"
-            ) from None
-        return
-    # Read when Ray is imported: without the first it would bind to the network's address.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    launch = config.launch
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, round(launch.workers * launch.cpus_per_worker + 0.5)),
-        object_store_memory=100 << 20,  # only progress lines pass through it
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
-        **quiet,
-    )
-
-
 def _run_gang(
     config: Config, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
 ) -> tuple[list[Outcome], bool]:
     """Start all workers, follow them to their end, and leave none behind."""
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    launch = config.launch
-    bundle = {"CPU": launch.cpus_per_worker}
-    if launch.gpus_per_worker:
-        bundle["GPU"] = launch.gpus_per_worker
-    group = placement_group([bundle] * launch.workers, strategy="PACK")
-    board = ray.remote(num_cpus=0)(_Board).remote()
-    workers: list[Any] = []
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
     try:
-        if not group.wait(timeout_seconds=120):
-            raise LaunchError(
-                f"the cluster has no room for launch.workers {launch.workers} of {bundle}: "
-                f"it has {ray.cluster_resources()}"
-            )
-        for index in range(launch.workers):
-            options = ray.remote(_Worker).options(
-                num_cpus=launch.cpus_per_worker,
-                num_gpus=launch.gpus_per_worker,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=index
-                ),
-            )
-            workers.append(options.remote())
-        places = ray.get([worker.place.remote() for worker in workers])
-        # Neighbours in rank share a machine where they can: SP is innermost.
-        order = sorted(range(len(workers)), key=lambda i: (places[i][0], i))
-        workers, places = [workers[i] for i in order], [places[i] for i in order]
-        environments = _environments(places, launch.cpus_per_worker)
-        running = {
-            worker.run.remote(config, environment, board): rank
-            for rank, (worker, environment) in enumerate(zip(workers, environments, strict=True))
-        }
-        return _follow(running, board, on_event, should_stop)
+        with gang(config, _Worker) as (workers, places):
+            settings = environments(places, config.launch.cpus_per_worker)
+            running = {
+                worker.run.remote(config, environment, board): rank
+                for rank, (worker, environment) in enumerate(zip(workers, settings, strict=True))
+            }
+            return _follow(running, board, on_event, should_stop)
     finally:
-        for worker in [*workers, board]:
-            ray.kill(worker)
-        remove_placement_group(group)
-
-
-def _environments(places: list[tuple[str, str, int]], cpus: float) -> list[dict[str, str]]:
-    """What torch.distributed reads, per rank, from each worker's (node, address, free port)."""
-    nodes = [node for node, _, _ in places]
-    return [
-        {
-            "MASTER_ADDR": places[0][1],
-            "MASTER_PORT": str(places[0][2]),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(nodes)),
-            "LOCAL_RANK": str(nodes[:rank].count(node)),
-            "LOCAL_WORLD_SIZE": str(nodes.count(node)),
-            "OMP_NUM_THREADS": str(max(1, int(cpus))),
-        }
-        for rank, node in enumerate(nodes)
-    ]
+        ray.kill(board)
 
 
 def _follow(
@@ -273,17 +180,8 @@ class _Board:
         return events
 
 
-class _Worker:
-    """One rank: a process of its own that runs the trainer once."""
-
-    def place(self) -> tuple[str, str, int]:
-        """(node, address, a free port on it)."""
-        import ray
-
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+class _Worker(Placed):
+    """One rank that runs the trainer once."""
 
     def run(self, config: Config, environment: dict[str, str], board: Any) -> tuple[str, str]:
         """Train; ("done", "") or what went wrong. Exceptions are told as text, never pickled."""

@@ -68,6 +68,10 @@ class ModelConfig:
             for name in names:
                 if name not in MIXER_NAMES:
                     found.append(("mixer", f"{name!r} is not one of {', '.join(MIXER_NAMES)}"))
+            if not isinstance(names, str) and len(names) > max(1, self.layers):
+                found.append(
+                    ("mixer", f"a list of {len(names)} for {self.layers} layers: some would not be")
+                )
         for field in ("layers", "width", "vocab_size"):
             if getattr(self, field) < 1:
                 found.append((field, f"{getattr(self, field)} is not positive"))

@@ -7,7 +7,8 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from trainer.config import ConfigError, load_config
+from trainer.config import load_config
+from trainer.settings import ConfigError
 
 
 def main(argv: list[str]) -> int:

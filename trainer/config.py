@@ -4,12 +4,11 @@ Defaults <- YAML file <- key=value. Every fault is found in one pass and reporte
 file, the line and the nearest known key.
 """
 
-import difflib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
 from models.config import ModelConfig
+from trainer.settings import ConfigError, get, leaves_of, merge
 
 
 @dataclass
@@ -119,15 +119,6 @@ class Config:
         return self.train.batch_size // (self.dp * self.train.micro_batch_size)
 
 
-class ConfigError(ValueError):
-    """Everything that is wrong with a configuration, one fault a line."""
-
-    def __init__(self, source: str, faults: list[str]) -> None:
-        self.faults = faults
-        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {fault}" for fault in faults)]))
-
-
 # What a run may not change between two starts: the numbers would no longer be one run's.
 FIXED_KEYS = (
     "model",
@@ -145,10 +136,12 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     Raises ConfigError with every fault found.
     """
     path = Path(path)
-    config, places, found = _merge(path, overrides)
+    config, places, found = merge(Config, path, overrides)
     if workers is not None:
         config.launch.workers = workers
-    for key, message in _value_faults(config):
+    for key, message in chain(
+        value_faults(config), data_faults(config), _run_folder_faults(config)
+    ):
         place = places.get(key, f"{path}: {key}")
         found.append(f"{place}: {message}")
     if found:
@@ -177,100 +170,8 @@ def load_dumped(path: Path) -> Config:
     return config
 
 
-def _merge(path: Path, overrides: list[str]) -> tuple[Config, dict[str, str], list[str]]:
-    """The merged Config, where each key was set, and the faults of single keys."""
-    if not path.is_file():
-        raise ConfigError(str(path), ["the file does not exist"])
-    try:
-        text = path.read_text()
-        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
-        loaded = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(str(path), ["the file is not a mapping of sections"])
-    settings = [
-        (key, value, f"{path}:{lines.get(key, 1)}: {key}") for key, value in _leaves(loaded)
-    ]
-    faults = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        place = f"command line: {key}"
-        if not equals:
-            faults.append(f"{place}: an override is written key=value")
-            continue
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-            assert isinstance(loaded, dict)
-            parsed = loaded["value"]
-        except (yaml.YAMLError, OmegaConfBaseException):
-            parsed = value
-        settings.append((key, parsed, place))
-
-    merged = OmegaConf.structured(Config)
-    known = dict(_leaves_of(Config))
-    places = {}
-    for key, value, place in settings:
-        places[key] = place
-        if key in known:
-            try:
-                OmegaConf.update(merged, key, value)
-            except OmegaConfBaseException:
-                faults.append(f"{place}: {value!r} is not of type {known[key]}")
-        elif any(name.startswith(key + ".") for name in known):
-            if value not in (None, {}):
-                faults.append(f"{place}: this is a section, with keys of its own below it")
-        else:
-            faults.append(f"{place}: unknown key; the nearest known one is {_nearest(key, known)}")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation of what is not there
-        raise ConfigError(str(path), [*faults, str(error).splitlines()[0]]) from None
-    assert isinstance(config, Config)
-    return config, places, faults
-
-
-def _key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, 1-based line) of every key of a YAML mapping."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _key_lines(value, name + ".")
-
-
-def _leaves(mapping: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, name + ".")
-        else:
-            yield name, value
-
-
-def _leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, type) of every setting below a dataclass."""
-    for item in fields(section):
-        if is_dataclass(item.type):
-            yield from _leaves_of(item.type, f"{prefix}{item.name}.")
-        else:
-            shown = item.type.__name__ if isinstance(item.type, type) else str(item.type)
-            yield f"{prefix}{item.name}", shown
-
-
-def _nearest(key: str, known: dict[str, str]) -> str:
-    """The most similar known key: by the whole name, else by its last part in any section."""
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return close[0]
-    last = key.rpartition(".")[2]
-    return max(
-        known,
-        key=lambda name: difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio(),
-    )
-
-
-def _value_faults(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong and what to do) for every value that cannot work."""
+def value_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
     for name, message in config.model.faults():
         yield f"model.{name}", message
     yield from _number_faults(config)
@@ -287,8 +188,6 @@ def _value_faults(config: Config) -> Iterator[tuple[str, str]]:
         )
     if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
         yield from _sharding_faults(config)
-    yield from _data_faults(config)
-    yield from _run_folder_faults(config)
 
 
 def _number_faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -303,14 +202,14 @@ def _number_faults(config: Config) -> Iterator[tuple[str, str]]:
         "launch.gpus_per_worker launch.max_failures run.seed deepspeed.persistence_threshold"
     )
     for key in positive.split():
-        if not _get(config, key) > 0:
-            yield key, f"{_get(config, key)} is not positive"
+        if not get(config, key) > 0:
+            yield key, f"{get(config, key)} is not positive"
     for key in not_negative.split():
-        if not _get(config, key) >= 0:
-            yield key, f"{_get(config, key)} is negative"
+        if not get(config, key) >= 0:
+            yield key, f"{get(config, key)} is negative"
     for key in ("optim.beta1", "optim.beta2"):
-        if _get(config, key) >= 1:
-            yield key, f"{_get(config, key)} is not below 1"
+        if get(config, key) >= 1:
+            yield key, f"{get(config, key)} is not below 1"
     if config.train.stop_after is not None and config.train.stop_after < 1:
         yield "train.stop_after", f"{config.train.stop_after} is not positive"
 
@@ -354,7 +253,8 @@ def _sharding_faults(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
-def _data_faults(config: Config) -> Iterator[tuple[str, str]]:
+def data_faults(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) with the data that the run asks for."""
     data = config.data
     if "://" in data.path:
         if not data.cache:
@@ -405,18 +305,12 @@ def _run_folder_faults(config: Config) -> Iterator[tuple[str, str]]:
     if not (folder / "config.yaml").is_file() or not any(folder.glob("checkpoints/step-*")):
         return  # nothing to resume
     before = load_dumped(folder / "config.yaml")
-    for name, _ in _leaves_of(Config):
+    for name, _ in leaves_of(Config):
         fixed = name in FIXED_KEYS or name.partition(".")[0] in FIXED_KEYS
-        old, new = _get(before, name), _get(config, name)
+        old, new = get(before, name), get(config, name)
         if fixed and old != new:
             yield (
                 name,
                 f"{new!r} differs from {old!r} of the run in {folder}, which would resume: "
                 f"keep it, or choose another run.dir",
             )
-
-
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

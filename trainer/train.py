@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.schema import TOKENIZER_NAME
 from models.flops import parameters
-from models.layers import CausalConv, SwiGLU
 from models.lm import LanguageModel
 from models.scan import choose_backend
 from trainer import checkpoint
@@ -33,7 +32,6 @@ from trainer.data import (
 )
 from trainer.engine import Engine, versions
 from trainer.evaluate import Evaluation, bits_per_byte, evaluate, ngram_losses
-from trainer.loss import summed_cross_entropy
 from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.metrics import (
     MetricsWriter,
@@ -41,18 +39,11 @@ from trainer.metrics import (
     truncate_after,
 )
 from trainer.optim import learning_rate
-from trainer.parallel.recompute import recompute_blocks
-from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology, initialize_distributed
+from trainer.step import accumulate_gradients, prepare_model
 
 # Rank 0 tells what happens: {"event": ..., ...}. The answer True asks to stop in good order.
 Report = Callable[[dict[str, Any]], bool]
-
-
-# What torch.compile is given: modules whose own code exchanges nothing (what ZeRO-3 gathers for
-# them, its hooks gather outside the graph). The compiler may order collectives that do not depend
-# on each other differently on each rank, and they would wait for each other for ever.
-COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
 
 
 class RunError(RuntimeError):
@@ -105,7 +96,7 @@ def train(config: Config, report: Report) -> None:
         micro_batches = _next_step(batches, device, topology)
         data_seconds = time.perf_counter() - started
         topology.sequence.meter.take()
-        loss_sum = _accumulate(engine, micro_batches, config, device)
+        loss_sum = accumulate_gradients(engine, micro_batches, config, device)
         exchange_seconds, _ = topology.sequence.meter.take()
         loss, memory, stop = _agree(loss_sum, asked_to_stop, device, topology, step)
         rate = learning_rate(step, config.train.steps, config.optim)
@@ -149,17 +140,6 @@ def train(config: Config, report: Report) -> None:
     if topology.rank == 0:
         report({"event": "end", "step": step, "steps": config.train.steps})
     engine.destroy()
-
-
-def prepare_model(model: LanguageModel, config: Config, topology: Topology) -> None:
-    """What is done to a model from outside, before DeepSpeed wraps it."""
-    parallelize(model, topology)
-    if config.train.recompute:
-        recompute_blocks(model)
-    if config.train.compile:
-        for module in model.modules():
-            if isinstance(module, COMPILED):
-                module.compile(dynamic=False)
 
 
 def _open_stream(config: Config, split: str) -> TokenStream:
@@ -221,30 +201,6 @@ def _reader(stream: TokenStream, config: Config, topology: Topology) -> Sequence
         topology.sp_size,
         config.data.reset_state,
     )
-
-
-def _accumulate(
-    engine: Engine, micro_batches: list[MicroBatch], config: Config, device: torch.device
-) -> Tensor:
-    """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
-
-    A rank's loss is its local sum over the token count of the whole SP group, so that gradients
-    summed over SP and averaged over DP are those of the mean (TRAPS: gradient scale).
-    """
-    sequence_tokens = config.train.micro_batch_size * config.train.seq_len
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        readout = partial(
-            summed_cross_entropy,
-            labels=batch.labels.to(device),
-            tile=config.train.loss_tile_tokens,
-        )
-        reset = None if batch.reset is None else batch.reset.to(device)
-        loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
-        loss = loss / sequence_tokens
-        engine.backward(loss)
-        total += loss.detach()
-    return total / len(micro_batches)
 
 
 def _agree(

@@ -31,7 +31,7 @@ from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.parallel.topology import Topology, initialize_distributed
-from trainer.train import _accumulate, prepare_model
+from trainer.step import accumulate_gradients, prepare_model
 
 # Part of a step <- words in an operator's name; the first that matches.
 PARTS = {
@@ -131,7 +131,7 @@ def _profile(config: Config, steps: int) -> dict[str, Any]:
     batch = [MicroBatch(tokens[:, :-1], tokens[:, 1:], None)]
 
     def step() -> None:
-        _accumulate(engine, batch, config, device)
+        accumulate_gradients(engine, batch, config, device)
         engine.step(1e-4)
 
     for _ in range(3):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, dump_config, load_config, load_dumped
+from trainer.config import dump_config, load_config, load_dumped
+from trainer.settings import ConfigError
 
 FAULTY = """\
 run:

@@ -10,8 +10,9 @@ import pytest
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, train_here
 from trainer import checkpoint
-from trainer.config import ConfigError, DataConfig, load_config
+from trainer.config import DataConfig, load_config
 from trainer.data import DataError, SequenceOrder, TokenStream
+from trainer.settings import ConfigError
 from trainer.train import RunError
 
 

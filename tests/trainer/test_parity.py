@@ -66,14 +66,14 @@ def test_ranks_equal_plain_torch(config_file, ranks, sp):
 
 def _planted(config_file: Path, stage: int) -> Figures:
     """A run whose loss forgets that the shards of one sequence are to be summed, not averaged."""
-    accumulate = train_module._accumulate
+    accumulate = train_module.accumulate_gradients
 
     def wrong_by_sp(engine, micro_batches, config, device):
         right = type(engine).backward
         engine.backward = lambda loss: right(engine, loss * config.parallel.sp)
         return accumulate(engine, micro_batches, config, device)
 
-    train_module._accumulate = wrong_by_sp
+    train_module.accumulate_gradients = wrong_by_sp
     overrides = [
         "parallel.sp=2",
         f"deepspeed.zero_stage={stage}",

@@ -1,0 +1,242 @@
+"""python -m launch compare: measure every cell, train every task, report. Run again, it goes on.
+
+Cells are interleaved: a repetition passes through all of them before the next begins, so that a
+machine that drifts drifts for all alike. Each result is on disk before the next cell starts.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from launch.cells import CellGang, cell_gang
+from launch.ray_job import Event, run_job
+from trainer.comparison import Comparison, describe_models
+from trainer.config import Config
+from trainer.metrics import read_lines
+
+Record = dict[str, Any]
+Show = Callable[[str], None]
+WHATS = ("training", "reading")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One repetition of one cell."""
+
+    what: str  # a name of WHATS
+    label: str
+    length: int
+    repetition: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} {self.label} at {self.length:,}"
+
+
+def run_comparison(
+    comparison: Comparison,
+    show: Show,
+    train: Callable[[Config], bool],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """Measure what is not measured yet; all results, which are written to results.json too.
+
+    `train` runs one training and returns whether it finished. None when it was asked to stop
+    before the end. Raises LaunchError.
+    """
+    folder = Path(comparison.settings.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = _Store(folder / "measurements.json")
+    with cell_gang(comparison.config) as workers:
+        hardware = workers.hardware()
+        visits = list(_visits(comparison))
+        for number, visit in enumerate(visits):
+            key = _key(visit, comparison, hardware)
+            if key in store.records:
+                continue
+            if should_stop():
+                return None
+            started = time.perf_counter()
+            record = _lost_already(visit, store, comparison, hardware) or _measure(
+                workers, visit, comparison
+            )
+            seconds = time.perf_counter() - started
+            store.add(key, record)
+            show(
+                f"[{number + 1}/{len(visits)}, repetition {visit.repetition + 1}] {visit.name}: "
+                f"{_shown(record, visit)} ({seconds:.0f} s)"
+            )
+        records = [store.records[_key(visit, comparison, hardware)] for visit in visits]
+    for task, runs in comparison.tasks.items():
+        for label, config in runs.items():
+            if _has_result(config):
+                continue
+            show(f"training {label} on {task}: {config.train.steps} steps")
+            if should_stop() or not train(config):
+                return None
+    results = {
+        "hardware": hardware,
+        "settings": asdict(comparison.settings),
+        "config": asdict(comparison.config),
+        "target_parameters": comparison.target,
+        "models": describe_models(comparison),
+        "cells": records,
+        "tasks": {
+            task: {label: _curve(config) for label, config in runs.items()}
+            for task, runs in comparison.tasks.items()
+        },
+    }
+    _write_whole(folder / "results.json", results)
+    return results
+
+
+def train_quietly(show: Show, should_stop: Callable[[], bool]) -> Callable[[Config], bool]:
+    """How a comparison trains a task: through Ray as ever, telling evaluations and warnings."""
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "evaluation":
+            show(f"  step {event['step']}: held-out loss {event['loss']:.4f} nats")
+        elif event["event"] == "warning":
+            show(f"  warning: {event['message']}")
+
+    return lambda config: run_job(config, on_event, should_stop)
+
+
+def _visits(comparison: Comparison) -> Iterator[Visit]:
+    """Every repetition of every cell; mixers of one length are neighbours in time."""
+    labels, lengths = list(comparison.models), sorted(set(comparison.settings.lengths))
+    for repetition in range(comparison.settings.repetitions):
+        for length in lengths:
+            for what in WHATS:
+                # another one is first each time
+                shift = repetition % len(labels)
+                for label in labels[shift:] + labels[:shift]:
+                    config = comparison.cells[label, length]
+                    yield Visit(what, label, length, repetition, config)
+
+
+def _arguments(visit: Visit, comparison: Comparison) -> tuple[Any, ...]:
+    settings = comparison.settings
+    if visit.what == "training":
+        return settings.steps, settings.seconds
+    return visit.length, settings.decode_tokens, settings.prefill_segment
+
+
+def _measure(workers: CellGang, visit: Visit, comparison: Comparison) -> Record:
+    settings = comparison.settings
+    memory = settings.memory_gib_per_worker
+    results = workers.measure(
+        visit.what,
+        visit.config,
+        _arguments(visit, comparison),
+        settings.cell_timeout_seconds,
+        None if memory is None else round(memory * 2**30),
+    )
+    record: Record = _named(visit)
+    failures = [result["failed"] for result in results if "failed" in result]
+    if failures:
+        # the first cause: others were stopped, or waited for the one that failed
+        known = [f for f in failures if f.startswith("out of")]
+        return {**record, "failed": (known or failures)[0]}
+    record |= results[0]  # times are the slowest worker's already
+    for figure in ("peak_memory_bytes", "exchange_bytes", "exchange_seconds"):
+        if figure in record:
+            record[figure] = max(result[figure] for result in results)
+    return record
+
+
+def _lost_already(
+    visit: Visit, store: "_Store", comparison: Comparison, hardware: str
+) -> Record | None:
+    """The record of a cell that cannot work because an easier one did not."""
+    for earlier in _visits(comparison):
+        same = (earlier.what, earlier.label) == (visit.what, visit.label)
+        if same and earlier.length <= visit.length:
+            record = store.records.get(_key(earlier, comparison, hardware))
+            if record and record.get("failed", "").startswith("out of"):
+                at = record.get("failed_at", record["length"])
+                return {**_named(visit), "failed": record["failed"], "failed_at": at}
+    return None
+
+
+def _named(visit: Visit) -> Record:
+    return {
+        "what": visit.what,
+        "mixer": visit.label,
+        "length": visit.length,
+        "repetition": visit.repetition,
+    }
+
+
+def _key(visit: Visit, comparison: Comparison, hardware: str) -> str:
+    """A name that changes with whatever would change the result."""
+    described = asdict(visit.config)
+    for section in ("run", "data", "checkpoint", "evaluate"):
+        del described[section]
+    settings = comparison.settings
+    limits = settings.cell_timeout_seconds, settings.memory_gib_per_worker
+    content = [visit.what, described, _arguments(visit, comparison), limits, hardware]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return f"{visit.what}-{visit.label}-{visit.length:09}-{visit.repetition}-{digest}"
+
+
+def _shown(record: Record, visit: Visit) -> str:
+    if "failed" in record:
+        where = f" (at {record['failed_at']:,} tokens)" if "failed_at" in record else ""
+        return record["failed"].strip().splitlines()[-1] + where
+    memory = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if visit.what == "training":
+        train = visit.config.train
+        rate = train.batch_size * train.seq_len / sorted(record["step_seconds"])[0]
+        return f"{rate:,.0f} tokens/s, {memory}"
+    return (
+        f"prefill {record['prefill_seconds']:.2f} s, decode "
+        f"{record['decode_tokens_per_second']:,.0f} tokens/s, {memory}"
+    )
+
+
+def _has_result(config: Config) -> bool:
+    path = Path(config.run.dir) / "evaluation.json"
+    return path.exists() and json.loads(path.read_text())["step"] == config.train.steps
+
+
+def _curve(config: Config) -> dict[str, Any]:
+    """A finished training: the loss over tokens and over the time that its steps took."""
+    folder = Path(config.run.dir)
+    metrics = read_lines(folder / "metrics.jsonl")
+    seconds = list(accumulate(line["step_seconds"] for line in metrics))
+    at = {line["step"]: (line["tokens"], t) for line, t in zip(metrics, seconds, strict=True)}
+    return {
+        "tokens": [line["tokens"] for line in metrics],
+        "seconds": seconds,
+        "loss": [line["loss"] for line in metrics],
+        "held_out": [
+            {"tokens": at[line["step"]][0], "seconds": at[line["step"]][1], "loss": line["loss"]}
+            for line in read_lines(folder / "evaluations.jsonl")
+        ],
+        "final": json.loads((folder / "evaluation.json").read_text()),
+    }
+
+
+class _Store:
+    """The records of visits on disk, whole after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, key: str, record: Record) -> None:
+        self.records[key] = record
+        _write_whole(self.path, self.records)
+
+
+def _write_whole(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,185 @@
+"""A comparison as data: which models, at which lengths, in which cells and trainings.
+
+The file has a section `compare` beside those of a run, which all cells and trainings share.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from trainer.config import Config, data_faults, value_faults
+from trainer.settings import ConfigError, merge
+
+
+@dataclass
+class CompareConfig:
+    dir: str = "runs/compare"  # results.json, report.md, plots, and the runs of tasks go here
+    mixers: list[Any] = field(default_factory=lambda: ["attention", "mingru"])
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    parameters: int | None = None  # of every model; None: as many as the first mixer's at model.*
+    match: str = "width"  # what is solved for that: width, or layers
+    tokens_per_step: int = 32768  # train.batch_size follows: the same tokens at every length
+    micro_batch_tokens: int = 8192  # train.micro_batch_size follows: one sequence at least
+    repetitions: int = 3  # of every cell, interleaved
+    steps: int = 5  # timed steps of a cell's repetition, at most; one before them is not timed
+    seconds: float = 3.0  # a repetition times no further step after this long
+    cell_timeout_seconds: float = 120.0  # a repetition that takes longer is "out of time"
+    memory_gib_per_worker: float | None = None  # without GPUs: more is "out of memory"
+    decode_tokens: int = 64
+    prefill_segment: int = 32768  # a prompt is read in segments of this many tokens
+    # Trainings to compare the losses of: name -> what is set for it, as on a command line.
+    tasks: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class ComparisonFile(Config):
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be measured. Models go by a label, `mingru+mingru+window` for a list."""
+
+    settings: CompareConfig
+    config: Config
+    target: int  # parameters
+    models: dict[str, ModelConfig]
+    cells: dict[tuple[str, int], Config]  # (label, length)
+    tasks: dict[str, dict[str, Config]]  # name -> label -> run
+
+
+def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
+    """Read, solve the shapes, and check every cell and training. Raises ConfigError."""
+    path = Path(path)
+    config, places, found = merge(ComparisonFile, path, overrides)
+    found += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in _faults(config)]
+    if found:
+        raise ConfigError(str(path), found)
+    models, target = _solve(config, str(path))
+    settings = config.compare
+    cells = {
+        (label, length): _cell(config, model, length)
+        for length in settings.lengths
+        for label, model in models.items()
+    }
+    tasks = {
+        name: {
+            label: _training(path, [*overrides, *task], settings, name, label, model)
+            for label, model in models.items()
+        }
+        for name, task in settings.tasks.items()
+    }
+    trainings = {
+        f"task {name}, {label}": run for name, runs in tasks.items() for label, run in runs.items()
+    }
+    shown = {f"{label} at {length}": cell for (label, length), cell in cells.items()}
+    for where, cell in {**shown, **trainings}.items():
+        found += [f"{where}: {key}: {message}" for key, message in value_faults(cell)]
+        if where in trainings:
+            found += [f"{where}: {key}: {message}" for key, message in data_faults(cell)]
+    if found:
+        raise ConfigError(str(path), list(dict.fromkeys(found)))
+    return Comparison(settings, config, target, models, cells, tasks)
+
+
+def describe_models(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Every model's shape, exact parameters, and training FLOPs per token at each length."""
+    from models.flops import parameters, training_flops_per_token
+
+    return {
+        label: {
+            "width": model.width,
+            "layers": model.layers,
+            "mlp_width": model.mlp_width,
+            "parameters": parameters(model),
+            "training_flops_per_token": {
+                str(length): training_flops_per_token(model, length)
+                for length in comparison.settings.lengths
+            },
+            "tokens_per_step": {
+                str(length): comparison.cells[label, length].train.batch_size * length
+                for length in comparison.settings.lengths
+            },
+        }
+        for label, model in comparison.models.items()
+    }
+
+
+def label_of(mixer: str | list[str]) -> str:
+    """The name by which a report speaks of a mixer."""
+    return mixer if isinstance(mixer, str) else "+".join(mixer)
+
+
+def _faults(config: ComparisonFile) -> Iterator[tuple[str, str]]:
+    """What is wrong with the section itself, and with each mixer's model."""
+    compare = config.compare
+    for name in ("mixers", "lengths"):
+        if not getattr(compare, name):
+            yield f"compare.{name}", "the list is empty"
+    if compare.match not in ("width", "layers"):
+        yield "compare.match", f"{compare.match!r} is not width or layers"
+    positive = "tokens_per_step micro_batch_tokens repetitions steps decode_tokens prefill_segment"
+    for name in positive.split():
+        if getattr(compare, name) < 1:
+            yield f"compare.{name}", f"{getattr(compare, name)} is not positive"
+    for length in compare.lengths:
+        if length < 1:
+            yield "compare.lengths", f"{length} is not positive"
+    for mixer in compare.mixers:
+        model = deepcopy(config.model)
+        model.mixer = mixer
+        for name, message in model.faults():
+            yield ("compare.mixers" if name == "mixer" else f"model.{name}"), message
+
+
+def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], int]:
+    """A model for each mixer, all of one number of parameters."""
+    from models.flops import parameters  # imports torch: only when the file is good
+    from models.match import match_parameters
+
+    compare = config.compare
+    first = deepcopy(config.model)
+    first.mixer = compare.mixers[0]
+    target = compare.parameters or parameters(first)
+    models = {}
+    for mixer in compare.mixers:
+        model = deepcopy(config.model)
+        model.mixer = mixer
+        try:
+            models[label_of(mixer)] = match_parameters(model, target, compare.match)
+        except ValueError as error:
+            raise ConfigError(path, [f"compare.parameters: {error}"]) from None
+    return models, target
+
+
+def _cell(config: ComparisonFile, model: ModelConfig, length: int) -> Config:
+    """One cell's configuration: as many tokens a step as at any other length, if there is room."""
+    cell = _run_of(config, model)
+    workers, train = cell.dp, cell.train
+    train.seq_len = length
+    train.micro_batch_size = max(1, config.compare.micro_batch_tokens // length)
+    per_worker = max(1, config.compare.tokens_per_step // length // max(1, workers))
+    train.micro_batch_size = min(train.micro_batch_size, per_worker)
+    train.batch_size = max(1, per_worker // train.micro_batch_size) * train.micro_batch_size
+    train.batch_size *= max(1, workers)
+    return cell
+
+
+def _training(
+    path: Path, overrides: list[str], settings: CompareConfig, name: str, label: str, model: Any
+) -> Config:
+    config, _, faults = merge(ComparisonFile, path, overrides)
+    if faults:
+        raise ConfigError(str(path), [f"task {name}: {fault}" for fault in faults])
+    run = _run_of(config, model)
+    run.run.dir = str(Path(settings.dir) / "runs" / name / label)
+    return run
+
+
+def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:
+    """The run's own sections, with another model."""
+    shared = {name: deepcopy(getattr(config, name)) for name in Config.__dataclass_fields__}
+    return Config(**{**shared, "model": deepcopy(model)})
