@@ -37,6 +37,17 @@ class SplitInfo:
 
 
 @dataclass
+class SyntheticInfo:
+    """What makes a dataset of `data_prep.synthetic` a task: which of its tokens count."""
+
+    task: str
+    sequence_tokens: int  # every document has this length, and train.seq_len must be it
+    scored_from: int  # tokens from here on are answers; no other token counts in a loss
+    scored_tokens: int  # in each sequence
+    distances: list[int] = field(default_factory=list)  # of sequence i: distances[i % len]
+
+
+@dataclass
 class DatasetInfo:
     """Everything a reader must know besides the blocks themselves."""
 
@@ -47,6 +58,7 @@ class DatasetInfo:
     fingerprint: str  # sha256 of the sources' names, sizes and times, and of all settings
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     version: int = VERSION
+    synthetic: SyntheticInfo | None = None
 
     def columns(self) -> dict[str, str]:
         """MDS columns: the block's tokens, where documents start in it, and a checksum of both."""
@@ -78,6 +90,8 @@ def load_info(folder: str | Path) -> DatasetInfo:
             f"prepare the data again"
         )
     raw["splits"] = {name: SplitInfo(**split) for name, split in raw["splits"].items()}
+    if raw.get("synthetic"):
+        raw["synthetic"] = SyntheticInfo(**raw["synthetic"])
     return DatasetInfo(**raw)
 
 

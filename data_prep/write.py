@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -69,7 +69,7 @@ def prepare(
     ]
     fingerprint = hashlib.sha256(json.dumps([asdict(settings), *keys]).encode()).hexdigest()
     if out.exists():
-        return _existing(out, fingerprint)
+        return existing_dataset(out, fingerprint)
 
     info = DatasetInfo(
         tokenizer=tokenizer.name,
@@ -91,22 +91,34 @@ def prepare(
     with lock:
         parts = [partial / "parts" / f"{key}.npz" for key in keys]
         _tokenize(pieces, parts, settings, info.dtype, workers, progress)
-        for split in SPLITS:
-            info.splits[split] = _pack(parts, split, partial / split, info, settings)
-        _check_not_empty(info, settings, sources)
-        if settings.tokenizer != "bytes":
-            shutil.copyfile(settings.tokenizer, partial / TOKENIZER_NAME)
-        info.dump(partial)
-        shutil.rmtree(partial / "parts")
-        (partial / "lock").unlink()
-        for path in [*partial.rglob("*"), partial]:
-            sync_to_disk(path)
-        partial.rename(out)
-        sync_to_disk(out.parent)
+        seal_dataset(parts, info, settings, partial, out, sources)
     return info
 
 
-def _existing(out: Path, fingerprint: str) -> DatasetInfo:
+def seal_dataset(
+    parts: list[Path],
+    info: DatasetInfo,
+    settings: Settings,
+    partial: Path,
+    out: Path,
+    sources: Sequence[str] = (),
+) -> None:
+    """Pack the parts into `partial`, complete `info`, and rename the folder to what it is now."""
+    for split in SPLITS:
+        info.splits[split] = _pack(parts, split, partial / split, info, settings)
+    _check_not_empty(info, settings, sources)
+    if settings.tokenizer != "bytes":
+        shutil.copyfile(settings.tokenizer, partial / TOKENIZER_NAME)
+    info.dump(partial)
+    shutil.rmtree(partial / "parts")
+    (partial / "lock").unlink(missing_ok=True)
+    for path in [*partial.rglob("*"), partial]:
+        sync_to_disk(path)
+    partial.rename(out)
+    sync_to_disk(out.parent)
+
+
+def existing_dataset(out: Path, fingerprint: str) -> DatasetInfo:
     """What `out` holds, if that is what was asked for."""
     if not (out / INFO_NAME).is_file():
         raise ValueError(f"{out} exists and is not a prepared dataset: choose another --out")
@@ -208,11 +220,29 @@ def _tokenize_piece(piece: Piece, part: Path, settings: Settings, dtype: str) ->
         tokens[split].append(encoded.astype(dtype))
         length[split] += len(encoded)
         text_bytes[split] += len(text.text.encode())
+    content = {
+        split: (np.concatenate([np.empty(0, dtype), *tokens[split]]), np.array(starts[split]))
+        for split in SPLITS
+    }
+    write_part(part, content, text_bytes)
+
+
+def write_part(
+    part: Path,
+    content: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    text_bytes: Mapping[str, int] | None = None,
+) -> None:
+    """One file of (tokens, document starts) per split, whole or not at all.
+
+    `text_bytes` counts the text behind the tokens; without it a token is a byte.
+    """
     arrays: dict[str, Any] = {}
-    for split in SPLITS:
-        arrays[f"{split}.tokens"] = np.concatenate([np.empty(0, dtype), *tokens[split]])
-        arrays[f"{split}.starts"] = np.array(starts[split], np.uint64)
-        arrays[f"{split}.text_bytes"] = np.array(text_bytes[split])
+    for split, (tokens, starts) in content.items():
+        arrays[f"{split}.tokens"] = tokens
+        arrays[f"{split}.starts"] = starts.astype(np.uint64)
+        arrays[f"{split}.text_bytes"] = np.array(
+            len(tokens) if text_bytes is None else text_bytes[split]
+        )
     partial = part.with_suffix(".tmp")
     with partial.open("wb") as f:
         np.savez(f, **arrays)
@@ -275,7 +305,7 @@ def _blocks(
         yield padded, rest_starts.astype("<u4").tobytes()
 
 
-def _check_not_empty(info: DatasetInfo, settings: Settings, sources: list[str]) -> None:
+def _check_not_empty(info: DatasetInfo, settings: Settings, sources: Sequence[str]) -> None:
     if not info.splits["train"].tokens and not info.splits["held_out"].tokens:
         raise ValueError(f"the sources {', '.join(sources)} hold no text")
     if not info.splits["train"].tokens or (

@@ -6,9 +6,12 @@ machine that drifts drifts for all alike. Each result is on disk before the next
 
 import hashlib
 import json
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,7 @@ def run_comparison(
                 return None
     results = {
         "hardware": hardware,
+        "versions": _versions(),
         "settings": asdict(comparison.settings),
         "config": asdict(comparison.config),
         "target_parameters": comparison.target,
@@ -222,6 +226,17 @@ def _curve(config: Config) -> dict[str, Any]:
         ],
         "final": json.loads((folder / "evaluation.json").read_text()),
     }
+
+
+def _versions() -> dict[str, str]:
+    """What the results were measured with."""
+    root = str(Path(__file__).parents[1])
+    git = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = "unknown"  # a working directory that Ray has uploaded
+    return {"commit": found, "torch": version("torch"), "python": platform.python_version()}
 
 
 class _Store:

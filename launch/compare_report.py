@@ -187,7 +187,9 @@ def _circumstances(results: Results) -> list[str]:
     config, settings = results["config"], results["settings"]
     train, launch = config["train"], config["launch"]
     limit = settings["memory_gib_per_worker"]
+    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
     return [
+        f"- {versions}",
         f"- {results['hardware']}; {launch['workers']} workers, sp={config['parallel']['sp']}, "
         f"ZeRO stage {config['deepspeed']['zero_stage']}, {train['dtype']}, "
         f"recompute {str(train['recompute']).lower()}, compile {str(train['compile']).lower()}",

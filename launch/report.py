@@ -182,7 +182,7 @@ def _plot(
             label="held out",
         )
     if result:
-        for (name, row), style in zip(result["baselines"].items(), (":", "--"), strict=True):
+        for (name, row), style in zip(result["baselines"].items(), (":", "--"), strict=False):
             left.axhline(row["loss"], color="gray", ls=style, lw=1, label=name)
         centers = [start for start, _, _ in result["by_position"]]
         right.step(centers, [loss for _, _, loss in result["by_position"]], where="post")

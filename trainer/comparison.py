@@ -72,16 +72,15 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
         }
         for name, task in settings.tasks.items()
     }
-    trainings = {
-        f"task {name}, {label}": run for name, runs in tasks.items() for label, run in runs.items()
-    }
-    shown = {f"{label} at {length}": cell for (label, length), cell in cells.items()}
-    for where, cell in {**shown, **trainings}.items():
-        found += [f"{where}: {key}: {message}" for key, message in value_faults(cell)]
-        if where in trainings:
-            found += [f"{where}: {key}: {message}" for key, message in data_faults(cell)]
+    for (label, length), cell in cells.items():
+        found += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
+    for name, runs in tasks.items():
+        for label, run in runs.items():
+            found += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
+        data = data_faults(next(iter(runs.values())))
+        found += [f"task {name}: {key}: {text}" for key, text in data]
     if found:
-        raise ConfigError(str(path), list(dict.fromkeys(found)))
+        raise ConfigError(str(path), found)
     return Comparison(settings, config, target, models, cells, tasks)
 
 

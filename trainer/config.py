@@ -279,6 +279,12 @@ def info_faults(config: Config, info: DatasetInfo) -> Iterator[tuple[str, str]]:
             "model.vocab_size",
             f"{config.model.vocab_size} is below the {info.vocab_size} tokens of {data.path}",
         )
+    if info.synthetic and info.synthetic.sequence_tokens != config.train.seq_len:
+        yield (
+            "train.seq_len",
+            f"{config.train.seq_len} is not the {info.synthetic.sequence_tokens} tokens that every "
+            f"sequence of {data.path} has: use that",
+        )
     needed = config.train.seq_len + 1
     if info.splits["train"].tokens < needed:
         yield (

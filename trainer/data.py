@@ -39,6 +39,8 @@ from data_prep.schema import (
 )
 from trainer.config import Config, DataConfig
 
+IGNORED = -100  # a label that no loss counts; torch's own choice
+
 
 class DataError(ValueError):
     """A data shard that is missing, damaged or not what its index says; named in the message."""
@@ -46,11 +48,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One rank's shard of some sequences: tokens and labels [B, T] int64, reset [B, T] or None."""
+    """One rank's shard of some sequences: tokens and labels [B, T] int64, reset [B, T] or None.
+
+    A label is IGNORED where it does not count. `scored_tokens` of all shards of a sequence count;
+    None: every token does.
+    """
 
     tokens: Tensor
     labels: Tensor
     reset: Tensor | None
+    scored_tokens: int | None = None
 
 
 class TokenStream:
@@ -154,10 +161,14 @@ class SequenceReader:
             if reset is not None:
                 reset[row, starts[starts < length]] = 1
         ids = torch.from_numpy(tokens)
+        labels, task = ids[:, 1:].contiguous(), self.stream.info.synthetic
+        if task:
+            labels = labels.masked_fill(labels < task.scored_from, IGNORED)
         return MicroBatch(
             ids[:, :-1].contiguous(),
-            ids[:, 1:].contiguous(),
+            labels,
             None if reset is None else torch.from_numpy(reset),
+            task.scored_tokens if task else None,
         )
 
 

@@ -11,20 +11,23 @@ import torch
 
 from data_prep.schema import SplitInfo
 from trainer.data import SequenceReader, TokenStream
-from trainer.loss import token_losses
+from trainer.loss import token_scores
 from trainer.parallel.topology import Topology
 
 
 @dataclass
 class Evaluation:
-    """Losses in nats per token over `tokens` held-out tokens."""
+    """Losses in nats per token over `tokens` held-out tokens, those that count."""
 
     loss: float
     bits_per_byte: float
+    accuracy: float  # share of tokens that were the likeliest
     sequences: int
     tokens: int
     # (first position, one past the last, mean loss) in powers of two: does more context help?
     by_position: list[tuple[int, int, float]] = field(default_factory=list)
+    # (distance in tokens, mean loss, accuracy) where the data has distances (data_prep.synthetic)
+    by_distance: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 def bits_per_byte(nats_per_token: float, split: SplitInfo) -> float:
@@ -52,27 +55,39 @@ def evaluate(
     first = topology.sp_rank * reader.shard_tokens
     positions = torch.arange(first, first + reader.shard_tokens, device=device)
     bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
-    totals = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+    task = reader.stream.info.synthetic
+    distances = (task.distances if task else []) or [0]
+    # of all distances and positions: loss, likeliest, tokens
+    totals = torch.zeros(3, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
     for begin in range(0, count, topology.dp_size):
         index = begin + topology.dp_rank
         batch = reader.micro_batch([min(index, count - 1)])
         reset = None if batch.reset is None else batch.reset.to(device)
-        readout = partial(token_losses, labels=batch.labels.to(device), tile=tile)
-        losses, _ = model(batch.tokens.to(device), reset=reset, readout=readout, last=True)
+        labels = batch.labels.to(device)
+        readout = partial(token_scores, labels=labels, tile=tile)
+        scores, _ = model(batch.tokens.to(device), reset=reset, readout=readout, last=True)
         if index < count:
-            totals[0].index_add_(0, bins, losses[0].double())
-            totals[1] += torch.bincount(bins, minlength=len(edges) - 1)
+            scored = torch.cat([scores[:, 0], (labels >= 0).float()]).double()
+            totals[:, index % len(distances)].index_add_(1, bins, scored)
     totals = topology.gather(totals).sum(0)
-    sums, counts = totals.tolist()
-    loss = sum(sums) / sum(counts)
+    loss, right, tokens = totals.sum((1, 2)).tolist()
     return Evaluation(
-        loss=loss,
-        bits_per_byte=bits_per_byte(loss, reader.stream.split),
+        loss=loss / tokens,
+        bits_per_byte=bits_per_byte(loss / tokens, reader.stream.split),
+        accuracy=right / tokens,
         sequences=count,
-        tokens=int(sum(counts)),
+        tokens=int(tokens),
         by_position=[
             (start, stop, total / n)
-            for start, stop, total, n in zip(edges[:-1], edges[1:], sums, counts, strict=True)
+            for start, stop, (total, _, n) in zip(
+                edges[:-1], edges[1:], totals.sum(1).T.tolist(), strict=True
+            )
+            if n
+        ],
+        by_distance=[
+            (distance, total / n, hits / n)
+            for distance, (total, hits, n) in zip(distances, totals.sum(2).T.tolist(), strict=True)
+            if distance and n
         ],
     )
 

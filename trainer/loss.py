@@ -18,15 +18,25 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: i
     return _SummedCrossEntropy.apply(hidden, weight, labels, tile)
 
 
+def scored_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """`summed_cross_entropy` of the tokens whose label is not negative."""
+    scored = labels >= 0
+    return summed_cross_entropy(hidden[scored][None], weight, labels[scored][None], tile)
+
+
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
-    """The loss of every token [B, T] in nats, fp32; for evaluation. Arguments as above."""
+def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Of every token: its loss in nats and whether its label is the likeliest, [2, B, T] fp32.
+
+    For evaluation. Arguments as above; both are zero where a label is negative.
+    """
     rows, targets = hidden.flatten(0, 1).split(tile), labels.flatten().split(tile)
-    losses = [
-        F.cross_entropy(F.linear(x, weight).float(), label, reduction="none")
-        for x, label in zip(rows, targets, strict=True)
-    ]
-    return torch.cat(losses).view_as(labels)
+    scores = []
+    for x, label in zip(rows, targets, strict=True):
+        logits = F.linear(x, weight).float()
+        loss = F.cross_entropy(logits, label, reduction="none")
+        scores.append(torch.stack([loss, (logits.argmax(dim=-1) == label).float()]))
+    return torch.cat(scores, dim=1).view(2, *labels.shape)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

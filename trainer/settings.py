@@ -65,7 +65,7 @@ def merge(root: type[T], path: Path, overrides: list[str]) -> tuple[T, dict[str,
         places[key] = place
         if key in known:
             try:
-                OmegaConf.update(merged, key, value)
+                OmegaConf.update(merged, key, value, merge=False)
             except OmegaConfBaseException:
                 faults.append(f"{place}: {value!r} is not of type {known[key]}")
         elif any(name.startswith(key + ".") for name in known):

@@ -10,7 +10,7 @@ from models.lm import LanguageModel
 from trainer.config import Config
 from trainer.data import MicroBatch
 from trainer.engine import Engine
-from trainer.loss import summed_cross_entropy
+from trainer.loss import scored_cross_entropy, summed_cross_entropy
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology
@@ -38,19 +38,19 @@ def accumulate_gradients(
     """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
 
     A rank's loss is its local sum over the token count of the whole SP group, so that gradients
-    summed over SP and averaged over DP are those of the mean (TRAPS: gradient scale).
+    summed over SP and averaged over DP are those of the mean.
     """
-    sequence_tokens = config.train.micro_batch_size * config.train.seq_len
     total = torch.zeros((), device=device)
     for batch in micro_batches:
         readout = partial(
-            summed_cross_entropy,
+            summed_cross_entropy if batch.scored_tokens is None else scored_cross_entropy,
             labels=batch.labels.to(device),
             tile=config.train.loss_tile_tokens,
         )
         reset = None if batch.reset is None else batch.reset.to(device)
         loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
-        loss = loss / sequence_tokens
+        counted = batch.scored_tokens or config.train.seq_len  # of a sequence, in all shards
+        loss = loss / (counted * config.train.micro_batch_size)
         engine.backward(loss)
         total += loss.detach()
     return total / len(micro_batches)

@@ -309,9 +309,11 @@ def _write_result(
     run: Path, evaluated: Evaluation, train: TokenStream, held_out: TokenStream, step: int
 ) -> None:
     """evaluation.json: the final held-out loss beside the n-gram models' on the same tokens."""
+    # of random tokens n-grams would tell nothing
+    losses = {} if train.info.synthetic else ngram_losses(train, held_out, evaluated.tokens)
     baselines = {
         name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, held_out.split)}
-        for name, loss in ngram_losses(train, held_out, evaluated.tokens).items()
+        for name, loss in losses.items()
     }
     result = {"step": step, **asdict(evaluated), "baselines": baselines}
     partial_path = run / "evaluation.tmp"

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.loss import summed_cross_entropy, token_losses
+from trainer.data import IGNORED
+from trainer.loss import scored_cross_entropy, summed_cross_entropy, token_scores
 
 
 class LargestTensor(TorchDispatchMode):
@@ -33,9 +34,31 @@ def test_equals_cross_entropy_of_all_logits(tile):
     got = torch.autograd.grad(3 * actual, [hidden, weight])
     for a, e in zip(got, want, strict=True):
         torch.testing.assert_close(a, e)
-    each = token_losses(hidden, weight, labels, tile)
-    assert each.shape == labels.shape
+    each, right = token_scores(hidden, weight, labels, tile)
+    assert each.shape == right.shape == labels.shape
+    assert torch.equal(right > 0, (hidden @ weight.T).argmax(-1) == labels)
     assert float(each.sum()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("scored", [0, 1, 9])
+def test_only_scored_labels_count(scored):
+    """Labels that are ignored change neither the sum nor a gradient; there may be none left."""
+    hidden = torch.randn(2, 15, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.full((2, 15), IGNORED)
+    where = torch.randperm(30)[:scored]
+    labels.view(-1)[where] = torch.randint(0, 11, (scored,))
+    logits = (hidden @ weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    actual = scored_cross_entropy(hidden, weight, labels, 4)
+    torch.testing.assert_close(actual, expected)
+    want = torch.autograd.grad(expected, [hidden, weight])
+    got = torch.autograd.grad(actual, [hidden, weight])
+    for a, e in zip(got, want, strict=True):
+        torch.testing.assert_close(a, e)
+    losses, right = token_scores(hidden, weight, labels, 4)
+    assert float(losses.sum()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert not right[labels < 0].any()
 
 
 def test_bf16_is_summed_in_fp32():
