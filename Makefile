@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test soak bench lint lock setup clean
+.PHONY: train test compare recall soak bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -20,6 +20,18 @@ test: setup
 	$(RUN) -m mypy
 	$(RUN) -m pytest
 
+# Recurrences beside a Transformer, 1K to 64K tokens: about 15 quiet minutes on two cores.
+compare: setup
+	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
+	$(RUN) -m launch compare configs/compare_cpu.yaml
+
+# The same mixers on selective copying and on a needle at several distances: about 20 minutes.
+recall: setup
+	$(RUN) -m data_prep.synthetic copy --out data/copy --length 128 --tokens 8 --train 100000
+	$(RUN) -m data_prep.synthetic needle --out data/needle --length 256 --tokens 2 \
+		--distances 8,32,128,250 --train 100000
+	$(RUN) -m launch compare configs/compare_recall.yaml
+
 # Long proofs: workers killed at random moments.
 soak: setup
 	$(RUN) -m pytest -m soak
@@ -29,6 +41,7 @@ bench: setup
 	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1
 	$(RUN) -m tests.benchmarks.bench_scan
 	$(RUN) -m tests.benchmarks.bench_exchange
+	$(RUN) -m tests.benchmarks.bench_llama
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m tests.benchmarks.bench_step
 

@@ -14,6 +14,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mixer = build_mixer(mixer, config)
+        self.dropout = nn.Dropout(config.dropout)
         self.mlp: SwiGLU | None = None
         if config.mlp_width:
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -28,7 +29,7 @@ class Block(nn.Module):
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
         y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset, last=last)
-        x = x + y
+        x = x + self.dropout(y)
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, carry

@@ -25,6 +25,7 @@ class ModelConfig:
     rope_base: float = 10000.0  # rotary positions; raise it for contexts beyond some 8K tokens
     window: int = 1024  # tokens that a query of the window mixer sees, itself included
     tie_embeddings: bool = False  # the head reads with the embedding's matrix
+    dropout: float = 0.0  # of the embedding and of what each half of a block adds
     norm_eps: float = 1e-6
 
     @property
@@ -81,6 +82,8 @@ class ModelConfig:
             found.append(("conv_width", f"{self.conv_width} is not 0 (off) or at least 2"))
         if self.mlp_ratio < 0:
             found.append(("mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"))
+        if not 0 <= self.dropout < 1:
+            found.append(("dropout", f"{self.dropout} is not in [0, 1)"))
         if self.memory_tokens < 2:
             found.append(("memory_tokens", f"{self.memory_tokens} is below 2 tokens"))
         if not found and {"attention", "window"} & set(self.layer_mixers()):

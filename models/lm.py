@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
         stack = [Block(config, name) for name in config.layer_mixers()]
         self.blocks = cast(list[Block], nn.ModuleList(stack))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -63,7 +64,7 @@ class LanguageModel(nn.Module):
         history; reset [B, T] uint8 marks documents that start afresh. With `last` no segment
         follows: no carry is returned, so that none is kept alive.
         """
-        x = self.embed(tokens)
+        x = self.dropout(self.embed(tokens))
         carries = []
         for layer, block in enumerate(self.blocks):
             entering = None if carry is None else carry[layer]

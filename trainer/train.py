@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +96,8 @@ def train(config: Config, report: Report) -> None:
         started = time.perf_counter()
         micro_batches = _next_step(batches, device, topology)
         data_seconds = time.perf_counter() - started
+        if config.model.dropout:  # by the step alone, so that a resumed run draws the same
+            torch.manual_seed(_dropout_seed(config.run.seed, step, topology.rank))
         topology.sequence.meter.take()
         loss_sum = accumulate_gradients(engine, micro_batches, config, device)
         exchange_seconds, _ = topology.sequence.meter.take()
@@ -140,6 +143,11 @@ def train(config: Config, report: Report) -> None:
     if topology.rank == 0:
         report({"event": "end", "step": step, "steps": config.train.steps})
     engine.destroy()
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of one step on one worker: the shards of a sequence must not drop the same channels."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def _open_stream(config: Config, split: str) -> TokenStream:

@@ -63,6 +63,20 @@ def test_stopped_and_started_again_is_bitwise(config_file, stage, dtype):
     assert len((halves / "metrics.jsonl").read_text().splitlines()) == STEPS
 
 
+def test_dropout_is_drawn_again_after_a_stop(config_file):
+    """Each step's masks follow from seed, step and rank; an evaluation drops nothing."""
+    base = [f"train.steps={STEPS}", "parallel.sp=2", "model.dropout=0.2", "evaluate.sequences=2"]
+    whole, halves = config_file.parent / "whole", config_file.parent / "halves"
+    straight = run(config_file, 2, *base, f"run.dir={whole}")
+    first = run(config_file, 2, *base, f"run.dir={halves}", "train.stop_after=3")
+    second = run(config_file, 2, *base, f"run.dir={halves}")
+    assert figures(first) + figures(second) == figures(straight)
+    results = [(folder / "evaluation.json").read_text() for folder in (whole, halves)]
+    assert results[0] == results[1]
+    kept = run(config_file, 2, *base, "model.dropout=0", f"run.dir={config_file.parent / 'kept'}")
+    assert figures(kept)[0] != figures(straight)[0]
+
+
 def _train_and_die(config_file: Path, overrides: list[str]) -> None:
     """Rank 1 is killed while it seals its files of the second checkpoint."""
     seal, sealed = checkpoint._seal, []

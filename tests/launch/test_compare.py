@@ -1,0 +1,194 @@
+"""compare: what it measures and in which order, goes on after a stop, and says in words."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import compare
+from launch.compare import run_comparison
+from launch.compare_report import _crossing, _loss_at, write_comparison
+from trainer.comparison import load_comparison
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def comparison_file(tmp_path: Path, dataset: Path) -> Path:
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        f"""
+compare:
+  dir: {tmp_path / "out"}
+  mixers: [attention, mingru, [mingru, window]]
+  lengths: [64, 128, 256]
+  tokens_per_step: 256
+  micro_batch_tokens: 128
+  repetitions: 2
+  steps: 2
+  seconds: 0.1
+  decode_tokens: 4
+  tasks:
+    text: [train.steps=4, train.seq_len=64, train.batch_size=2, evaluate.every=2]
+data: {{path: {dataset}}}
+model: {{layers: 2, width: 16, window: 16}}
+parallel: {{sp: 2}}
+evaluate: {{sequences: 2}}
+launch: {{workers: 2}}
+"""
+    )
+    return path
+
+
+class FakeGang:
+    """Attention slows down with length and fails at 256; the others take one time a token."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, int]] = []
+
+    def hardware(self) -> str:
+        return "a machine of the test"
+
+    def measure(self, what, config, arguments, seconds, memory_bytes) -> list[dict[str, Any]]:
+        train, attention = config.train, config.model.mixer == "attention"
+        length = train.seq_len
+        self.calls.append((what, config.model.mixer, length))
+        if attention and length == 256:
+            return [{"failed": "stopped"}, {"failed": "out of memory"}]
+        per_token = length * 1e-4 if attention else 1e-2
+        if what == "reading":
+            figures = {"prefill_seconds": 1.0, "decode_tokens_per_second": 1 / per_token}
+            return [{**figures, "carry_bytes": 2048, "peak_memory_bytes": 2**30}]
+        tokens = train.batch_size * length
+        step = {"step_seconds": [tokens * per_token * f for f in (1, 3, 1)], "peak_flops": None}
+        step |= {"exchange_seconds": 0.1, "exchange_bytes": 64}
+        return [{**step, "peak_memory_bytes": n * 2**30} for n in (1, 2)]
+
+
+@pytest.fixture
+def gang(monkeypatch) -> FakeGang:
+    fake = FakeGang()
+
+    @contextmanager
+    def cell_gang(config):
+        yield fake
+
+    monkeypatch.setattr(compare, "cell_gang", cell_gang)
+    return fake
+
+
+def _run(path: Path, *overrides: str, stop_after: float = float("inf")) -> dict[str, Any] | None:
+    """A comparison without its trainings, asked to stop after so many cells."""
+    comparison = load_comparison(path, ["compare.tasks={}", *overrides])
+    shown: list[str] = []
+    return run_comparison(
+        comparison, shown.append, lambda _: True, lambda: len(shown) >= stop_after
+    )
+
+
+def test_repetitions_are_interleaved_and_lost_cells_not_tried_again(comparison_file, gang):
+    _run(comparison_file)
+    training = [(mixer, length) for what, mixer, length in gang.calls if what == "training"]
+    hybrid = ["mingru", "window"]
+    first = [(m, n) for n in (64, 128, 256) for m in ("attention", "mingru", hybrid)]
+    second = [(m, n) for n in (64, 128, 256) for m in ("mingru", hybrid, "attention")]
+    assert training == [*first, *(cell for cell in second if cell != ("attention", 256))]
+
+
+def test_stopped_and_run_again_measures_the_rest_only(comparison_file, gang):
+    assert _run(comparison_file, stop_after=7) is None
+    assert len(gang.calls) == 7
+    whole = _run(comparison_file)
+    assert len(gang.calls) == 36 - 2  # attention at 256 is not tried twice
+    assert whole == _run(comparison_file)
+    assert len(gang.calls) == 34
+    _run(comparison_file, "train.dtype=bf16")  # other figures: nothing of the old ones counts
+    assert len(gang.calls) == 68
+    _run(comparison_file, "compare.lengths=[64]", "compare.repetitions=3")
+    assert len(gang.calls) == 68 + 6
+
+
+def test_report_has_every_figure_and_says_where_lines_cross(comparison_file, gang, tmp_path):
+    results = _run(comparison_file)
+    assert results
+    shown = write_comparison(tmp_path / "out", results)
+    page = (tmp_path / "out" / "report.md").read_text()
+    # 1 / (length * 1e-4) against 1 / 1e-2: equal at 100 tokens
+    assert "mingru trains faster than attention from about 100 tokens on: 0.64 times its" in page
+    assert "mingru decodes faster than attention from about 100 tokens on" in shown
+    assert "attention, training: out of memory, from 256 tokens on." in page
+    assert "| 64 | 156 (156 to 156) | 100 (100 to 100) | 100 (100 to 100) |" in page
+    assert "| 256 | **out of memory** | 100 (100 to 100) | 100 (100 to 100) |" in page
+    assert "| 64 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00)" in page  # the larger of two workers
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (tmp_path / "out" / link).stat().st_size > 5000
+    flops = results["models"]["mingru"]["training_flops_per_token"]["64"]
+    assert f"| {flops * 100 / 1e9:,.0f} |" in page
+
+
+def test_crossing_is_told_as_it_is():
+    def said(*ratios):
+        return _crossing("x", "trains faster than", "its speed", list(ratios))
+
+    assert "from about 200 tokens on" in said((100, 0.5), (400, 2.0))
+    assert "only up to about 200 tokens" in said((100, 2.0), (400, 0.5))
+    assert "at every length measured" in said((100, 1.5), (400, 2.0))
+    assert "at no length measured" in said((100, 0.5), (400, 0.9))
+    assert "measured together at no length" in said()
+    less = _crossing("x", "trains in less memory than", "its memory", [(1, 2.0), (2, 4.0)])
+    assert "0.50 times its memory at 1 tokens, 0.25 times at 2" in less
+
+
+def test_loss_at_a_time_lies_between_evaluations():
+    run = {"held_out": [{"seconds": 2, "loss": 4.0}, {"seconds": 4, "loss": 2.0}]}
+    assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [4, 4, 3, 2, 2]
+
+
+def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path):
+    """The whole verb, two workers, one training for each mixer; stopped once on its way."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "launch", "compare", str(comparison_file)]
+    command += ["compare.lengths=[64]"]
+    first = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert first.stdout
+    for line in first.stdout:
+        if line.startswith("[2/"):
+            first.send_signal(signal.SIGINT)
+            break
+    rest = first.stdout.read()
+    assert first.wait(60) == 0, rest
+    assert "the same command goes on" in rest
+    before = json.loads((tmp_path / "out" / "measurements.json").read_text())
+    assert 2 <= len(before) < 12
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((tmp_path / "out" / "measurements.json").read_text())
+    assert len(after) == 12
+    assert before.items() <= after.items()
+    assert not any("failed" in record for record in after.values())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {
+        cell["exchange_bytes"] > 0 for cell in results["cells"] if cell["what"] == "training"
+    } == {True}
+    curve = results["tasks"]["text"]["mingru+window"]
+    assert [point["tokens"] for point in curve["held_out"]] == [256, 512]
+    assert curve["tokens"] == [128, 256, 384, 512]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "text, held-out loss after 512 tokens, best first:" in page
+    assert "text_loss_seconds.png" in page
+    assert "unigram" in page

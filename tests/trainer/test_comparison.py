@@ -1,0 +1,58 @@
+"""A comparison's file: every fault at once, and named."""
+
+import pytest
+
+from trainer.comparison import load_comparison
+from trainer.settings import ConfigError
+
+
+def _faults(tmp_path, text: str, *overrides: str) -> str:
+    path = tmp_path / "compare.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_comparison(path, list(overrides))
+    return str(caught.value)
+
+
+def test_faults_of_the_section_are_told_together(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3}\n"
+        "model: {heads: 3, width: 64}\n",
+    )
+    assert "4 faults" not in said
+    for part in (
+        "compare.yaml:1: compare.mixers: 'gru' is not one of",
+        "compare.lengths: the list is empty",
+        "compare.match: 'depth' is not width or layers",
+        "compare.repetitions: 0 is not positive",
+        "compare.stepz: unknown key; the nearest known one is compare.steps",
+        "model.heads: 3 does not cut width 64",
+    ):
+        assert part in said
+
+
+def test_faults_of_cells_and_trainings_say_where(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare:\n  mixers: [attention, mingru]\n  lengths: [64, 33]\n"
+        "  tasks: {text: [data.path=nowhere, train.steps=0]}\n"
+        "parallel: {sp: 2}\nlaunch: {workers: 2}\n",
+    )
+    assert "attention at 33: train.seq_len: 33 is not divisible by parallel.sp 2" in said
+    assert "task text, mingru: train.steps: 0 is not positive" in said
+    assert said.count("nowhere holds no dataset.json") == 1
+
+
+def test_unknown_keys_of_a_task_are_told(tmp_path):
+    said = _faults(tmp_path, "compare: {lengths: [64], tasks: {text: [train.stepz=3]}}\n")
+    assert "task text: command line: train.stepz: unknown key" in said
+
+
+def test_heads_that_ranks_do_not_divide_are_refused(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare: {mixers: [attention], lengths: [66]}\nmodel: {heads: 2, width: 64}\n"
+        "parallel: {sp: 3}\nlaunch: {workers: 3}\n",
+    )
+    assert "model.heads: 2 heads of attention cannot be dealt to parallel.sp 3 ranks" in said
