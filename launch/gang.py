@@ -45,7 +45,7 @@ def connect(config: Config) -> None:
     # Read when Ray is imported: without the first it would bind to the network's address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first it saw
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
