@@ -49,7 +49,7 @@ def ulysses_attend(
 
     length = int(cache.length)
     keys, values = (
-        _Own.apply(_split_heads(x[:, :length].repeat_interleave(copies, dim=2), ranks), group)
+        _Own.apply(_by_rank(x[:, :, :length].repeat_interleave(copies, dim=1), ranks), group)
         for x in (cache.keys, cache.values)
     )
     own = Cache(keys, values, cache.visible, cache.length, cache.length.clone())
@@ -60,7 +60,7 @@ def ulysses_attend(
         return y, ()
     total = int(leaving[3])
     keys, values = (
-        _join_heads(_Everyone.apply(x[:, :total].contiguous(), group))[:, :, ::copies]
+        _all_heads(_Everyone.apply(x[:, :, :total].contiguous(), group))[:, ::copies]
         for x in leaving[:2]
     )
     return y, Cache(keys, values, *leaving[2:4], leaving[3].clone())
@@ -70,6 +70,16 @@ def _copies(heads: int, kv_heads: int, ranks: int) -> int:
     """How often each key-value head is sent, so that ranks divide them all."""
     group = heads // kv_heads
     return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % ranks == 0)
+
+
+def _by_rank(x: Tensor, ranks: int) -> Tensor:
+    """Of a cache: [B, heads, S, d] as [P, B, heads / P, S, d]."""
+    return x.unflatten(1, (ranks, -1)).movedim(1, 0)
+
+
+def _all_heads(x: Tensor) -> Tensor:
+    """Of a cache: [P, B, heads / P, S, d] as [B, heads, S, d]."""
+    return x.movedim(0, 1).flatten(1, 2)
 
 
 def _split_heads(x: Tensor, ranks: int) -> Tensor:

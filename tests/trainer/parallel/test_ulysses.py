@@ -35,7 +35,7 @@ def _case(heads: int, kv_heads: int, tokens: int, past: int) -> tuple[list[Tenso
         visible = torch.ones(BATCH, past, dtype=torch.bool)
         visible[0, :2] = False
         length = torch.tensor(past)
-        buffers = [_leaf(BATCH, past, kv_heads, WIDTH) for _ in range(2)]
+        buffers = [_leaf(BATCH, kv_heads, past, WIDTH) for _ in range(2)]
         cache = Cache(*buffers, visible, length, length.clone())
     return qkv, cache
 
