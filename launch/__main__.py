@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from launch.gang import LaunchError
-from launch.ray_job import place_faults, run_job
+from launch.ray_job import make_absolute, place_faults, run_job
 from trainer.comparison import load_comparison
 from trainer.config import load_config
 from trainer.settings import ConfigError
@@ -56,12 +56,9 @@ def main(argv: list[str]) -> int:
 
 def _train(config_path: str, overrides: list[str]) -> int:
     config = load_config(config_path, overrides)
-    if faults := place_faults(config):
+    if faults := place_faults([("run.dir", config.run.dir), ("data.path", config.data.path)]):
         raise ConfigError(config_path, faults)
-    # Workers may start in another folder of this machine.
-    config.run.dir = str(Path(config.run.dir).absolute())
-    if "://" not in config.data.path:
-        config.data.path = str(Path(config.data.path).absolute())
+    make_absolute(config)
 
     should_stop = _watch_signals("stopping after the next step and a checkpoint")
     print(f"starting {config.launch.workers} workers", flush=True)
@@ -98,7 +95,10 @@ def _watch_signals(said: str) -> Callable[[], bool]:
 
 def _compare(config_path: str, overrides: list[str]) -> int:
     comparison = load_comparison(config_path, overrides)
-    if faults := place_faults(comparison.config):
+    runs = [run for by_label in comparison.tasks.values() for run in by_label.values()]
+    paths = {("compare.dir", comparison.settings.dir)}
+    paths |= {("data.path", run.data.path) for run in runs}
+    if faults := place_faults(sorted(paths)):
         raise ConfigError(config_path, faults)
     from launch.compare import run_comparison, train_quietly
     from launch.compare_report import write_comparison

@@ -13,12 +13,14 @@ class CellGang:
 
     def __init__(self, workers: list[Any], config: Config) -> None:
         self._workers, self._cpus = workers, config.launch.cpus_per_worker
+        self._use_gpu = config.launch.gpus_per_worker > 0
+        self._calls = 0
 
     def hardware(self) -> str:
         """What the first worker runs on."""
         import ray
 
-        return ray.get(self._workers[0].hardware.remote())
+        return ray.get(self._workers[0].hardware.remote(self._use_gpu))
 
     def measure(
         self,
@@ -30,8 +32,8 @@ class CellGang:
     ) -> list[dict[str, Any]]:
         """`trainer.measure.WHAT(config, *arguments)` on all workers, or on the first for "reading".
 
-        The results in rank order, {"failed": why} where there is none; as soon as one worker has
-        none, the others are stopped.
+        The results in rank order, {"failed": why} of a worker that has none; as soon as there is
+        one such, the others are stopped.
         """
         import ray
 
@@ -40,7 +42,8 @@ class CellGang:
         if what == "reading":  # the first worker has its machine to itself
             cpus = self._cpus * [node for node, _, _ in places].count(places[0][0])
             settings = [{"OMP_NUM_THREADS": str(max(1, int(cpus)))}]
-        call = what, config, tuple(arguments), seconds, memory_bytes
+        self._calls += 1
+        call = self._calls, what, config, tuple(arguments), seconds, memory_bytes
         waiting = [
             worker.measure.remote(environment, *call)
             for worker, environment in zip(self._workers, settings, strict=False)
@@ -51,7 +54,7 @@ class CellGang:
             done, left = ray.wait(left)
             results.update(zip(done, ray.get(done), strict=True))
             if any("failed" in results[reference] for reference in done):
-                ray.get([worker.stop.remote() for worker in self._workers])
+                ray.get([worker.stop.remote(self._calls) for worker in self._workers])
         return [results[reference] for reference in waiting]
 
 
@@ -75,15 +78,17 @@ class _CellWorker(Placed):
 
     def __init__(self) -> None:
         self._cell: Any = None
+        self._stopped = 0  # the last call that was to be stopped
 
-    def hardware(self) -> str:
+    def hardware(self, use_gpu: bool) -> str:
         from trainer.measure import hardware
 
-        return hardware()
+        return hardware(use_gpu)
 
     def measure(
         self,
         environment: dict[str, str],
+        call: int,
         what: str,
         config: Config,
         arguments: tuple[Any, ...],
@@ -93,8 +98,11 @@ class _CellWorker(Placed):
         from trainer.measure import MEASURES, Cell
 
         self._cell = Cell(MEASURES[what], config, arguments, environment, memory_bytes)
+        if self._stopped == call:  # before it had begun
+            self._cell.stop()
         return self._cell.wait(seconds)
 
-    def stop(self) -> None:
+    def stop(self, call: int) -> None:
+        self._stopped = call
         if self._cell is not None:
             self._cell.stop()

@@ -11,15 +11,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from launch.cells import CellGang, cell_gang
-from launch.ray_job import Event, run_job
+from launch.gang import LaunchError
+from launch.ray_job import Event, make_absolute, run_job
 from trainer.comparison import Comparison, describe_models
 from trainer.config import Config
+from trainer.measure import OUT_OF_MEMORY, OUT_OF_TIME, STOPPED
 from trainer.metrics import read_lines
 
 Record = dict[str, Any]
@@ -76,25 +80,35 @@ def run_comparison(
                 f"{_shown(record, visit)} ({seconds:.0f} s)"
             )
         records = [store.records[_key(visit, comparison, hardware)] for visit in visits]
+    lost: dict[str, dict[str, str]] = {task: {} for task in comparison.tasks}
     for task, runs in comparison.tasks.items():
         for label, config in runs.items():
             if _has_result(config):
                 continue
             show(f"training {label} on {task}: {config.train.steps} steps")
-            if should_stop() or not train(config):
-                return None
+            try:
+                if should_stop() or not train(config):
+                    return None
+            except LaunchError as error:  # marked in the report, and tried again next time
+                lost[task][label] = str(error).strip().splitlines()[-1]
+                show(f"  failed: {error}")
     results = {
         "hardware": hardware,
-        "versions": _versions(),
+        "versions": {
+            "commit": " and ".join(sorted({record["commit"] for record in records})),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
         "settings": asdict(comparison.settings),
         "config": asdict(comparison.config),
         "target_parameters": comparison.target,
         "models": describe_models(comparison),
         "cells": records,
         "tasks": {
-            task: {label: _curve(config) for label, config in runs.items()}
+            task: {label: _curve(config) for label, config in runs.items() if _has_result(config)}
             for task, runs in comparison.tasks.items()
         },
+        "lost": lost,
     }
     _write_whole(folder / "results.json", results)
     return results
@@ -109,7 +123,11 @@ def train_quietly(show: Show, should_stop: Callable[[], bool]) -> Callable[[Conf
         elif event["event"] == "warning":
             show(f"  warning: {event['message']}")
 
-    return lambda config: run_job(config, on_event, should_stop)
+    def train(config: Config) -> bool:
+        make_absolute(config)
+        return run_job(config, on_event, should_stop)
+
+    return train
 
 
 def _visits(comparison: Comparison) -> Iterator[Visit]:
@@ -143,11 +161,11 @@ def _measure(workers: CellGang, visit: Visit, comparison: Comparison) -> Record:
         None if memory is None else round(memory * 2**30),
     )
     record: Record = _named(visit)
-    failures = [result["failed"] for result in results if "failed" in result]
+    failures = [r["failed"] for r in results if "failed" in r and r["failed"] != STOPPED]
     if failures:
-        # the first cause: others were stopped, or waited for the one that failed
-        known = [f for f in failures if f.startswith("out of")]
-        return {**record, "failed": (known or failures)[0]}
+        # others may only have lost the one that was out of memory
+        limits = [failure for failure in failures if _is_limit(failure)]
+        return {**record, "failed": (limits or failures)[0]}
     record |= results[0]  # times are the slowest worker's already
     for figure in ("peak_memory_bytes", "exchange_bytes", "exchange_seconds"):
         if figure in record:
@@ -163,14 +181,20 @@ def _lost_already(
         same = (earlier.what, earlier.label) == (visit.what, visit.label)
         if same and earlier.length <= visit.length:
             record = store.records.get(_key(earlier, comparison, hardware))
-            if record and record.get("failed", "").startswith("out of"):
+            if record and _is_limit(record.get("failed", "")):
                 at = record.get("failed_at", record["length"])
                 return {**_named(visit), "failed": record["failed"], "failed_at": at}
     return None
 
 
+def _is_limit(failure: str) -> bool:
+    """A limit of the machine, not a fault: longer sequences need not be tried."""
+    return failure in (OUT_OF_MEMORY, OUT_OF_TIME)
+
+
 def _named(visit: Visit) -> Record:
     return {
+        "commit": _commit(),
         "what": visit.what,
         "mixer": visit.label,
         "length": visit.length,
@@ -179,13 +203,14 @@ def _named(visit: Visit) -> Record:
 
 
 def _key(visit: Visit, comparison: Comparison, hardware: str) -> str:
-    """A name that changes with whatever would change the result."""
+    """A name that changes with whatever would change the result, but for the code itself."""
     described = asdict(visit.config)
     for section in ("run", "data", "checkpoint", "evaluate"):
         del described[section]
     settings = comparison.settings
     limits = settings.cell_timeout_seconds, settings.memory_gib_per_worker
     content = [visit.what, described, _arguments(visit, comparison), limits, hardware]
+    content.append(version("torch"))
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return f"{visit.what}-{visit.label}-{visit.length:09}-{visit.repetition}-{digest}"
 
@@ -197,7 +222,7 @@ def _shown(record: Record, visit: Visit) -> str:
     memory = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
     if visit.what == "training":
         train = visit.config.train
-        rate = train.batch_size * train.seq_len / sorted(record["step_seconds"])[0]
+        rate = train.batch_size * train.seq_len / median(record["step_seconds"])
         return f"{rate:,.0f} tokens/s, {memory}"
     return (
         f"prefill {record['prefill_seconds']:.2f} s, decode "
@@ -228,15 +253,15 @@ def _curve(config: Config) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    """What the results were measured with."""
+@cache
+def _commit() -> str:
+    """Of the code that measures, as it was when the first cell was."""
     root = str(Path(__file__).parents[1])
     git = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        found = "unknown"  # a working directory that Ray has uploaded
-    return {"commit": found, "torch": version("torch"), "python": platform.python_version()}
+        return "unknown"  # a working directory that Ray has uploaded
 
 
 class _Store:
@@ -244,7 +269,9 @@ class _Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+        # what failed otherwise than by a limit may have been bad luck: it is measured again
+        self.records = {k: r for k, r in found.items() if _is_limit(r.get("failed", OUT_OF_TIME))}
 
     def add(self, key: str, record: Record) -> None:
         self.records[key] = record

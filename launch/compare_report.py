@@ -199,7 +199,12 @@ def _circumstances(results: Results) -> list[str]:
         f"- a cell is out of time after {settings['cell_timeout_seconds']:g} s"
         + (f", out of memory above {limit:g} GiB a worker" if limit else ""),
         "- the same optimizer, precision, sharded step and tiled loss for all; random tokens in "
-        "the cells, real data in the trainings",
+        "the cells",
+        f"- trainings: one run each, seed {config['run']['seed']}; one learning rate for all, tuned "
+        f"for none ({config['optim']['learning_rate']:g} where a task does not say otherwise); "
+        f"weight decay {config['optim']['weight_decay']:g} on matrices, but not on those that make "
+        f"gates and candidates of a recurrence; recurrences have a convolution of "
+        f"{config['model']['conv_width']} tokens before them, attention and window have none",
     ]
 
 
@@ -237,9 +242,11 @@ def _findings(results: Results, training: Cells, reading: Cells) -> Iterator[str
             lost = [n for n in _lengths(results) if "failed" in _first(cells.get((mixer, n), []))]
             if lost:
                 why = _why(cells[mixer, lost[0]]).strip("*")
-                yield f"{mixer}, {what}: {why}, from {lost[0]:,} tokens on."
+                yield f"{mixer}, {what}: {why} at {lost[0]:,} tokens."
     for task, runs in results["tasks"].items():
         yield from _verdict(task, runs)
+        for label, why in results["lost"][task].items():
+            yield f"{task}: the training of {label} failed: {why}"
 
 
 def _first(repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -270,13 +277,18 @@ def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]
     elif all(ratio <= 1 for _, ratio in ratios):
         where = f"at no length measured, {first:,} to {last:,} tokens"
     else:
-        crossing = [
+        crossings = [
             a * (b / a) ** (math.log(s) / math.log(s / t))
             for (a, s), (b, t) in pairwise(ratios)
             if (s > 1) != (t > 1)
-        ][-1]
-        side = "from" if at_last > 1 else "only up to"
-        where = f"{side} about {crossing:,.0f} tokens" + (" on" if at_last > 1 else "")
+        ]
+        passed = " and ".join(f"{crossing:,.0f}" for crossing in crossings)
+        if len(crossings) > 1:
+            where = f"in parts: the lines cross at about {passed} tokens"
+        elif at_last > 1:
+            where = f"from about {passed} tokens on"
+        else:
+            where = f"only up to about {passed} tokens"
     if what == "its memory":
         at_first, at_last = 1 / at_first, 1 / at_last
     return (
@@ -286,25 +298,30 @@ def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]
 
 
 def _verdict(task: str, runs: dict[str, Any]) -> Iterator[str]:
+    if not runs:
+        return
     by_loss = sorted(runs, key=lambda label: runs[label]["final"]["loss"])
     tokens = runs[by_loss[0]]["tokens"][-1]
     losses = ", ".join(f"{label} {runs[label]['final']['loss']:.3f}" for label in by_loss)
     yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
     seconds = min(run["seconds"][-1] for run in runs.values())
-    at_time = {label: _loss_at(run, seconds) for label, run in runs.items()}
+    found = {label: _loss_at(run, seconds) for label, run in runs.items()}
+    at_time = {label: loss for label, loss in found.items() if loss is not None}
     ordered = sorted(at_time, key=lambda label: at_time[label])
     losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
     yield (
         f"{task}, held-out loss after {seconds:,.0f} s of training steps, best first: {losses} "
-        f"(the slower ones are then in the middle of their learning-rate schedule)."
+        f"(the slower ones are then in the middle of their learning-rate schedule"
+        + (", or not evaluated yet" if len(at_time) < len(runs) else "")
+        + ")."
     )
 
 
-def _loss_at(run: dict[str, Any], seconds: float) -> float:
-    """The held-out loss at a time, between evaluations by a straight line."""
+def _loss_at(run: dict[str, Any], seconds: float) -> float | None:
+    """The held-out loss at a time, straight between evaluations; None before the first."""
     points = [(e["seconds"], e["loss"]) for e in run["held_out"]]
-    if seconds <= points[0][0]:
-        return points[0][1]
+    if seconds < points[0][0]:
+        return None
     for (a, before), (b, after) in pairwise(points):
         if a <= seconds <= b:
             return before + (after - before) * (seconds - a) / (b - a)
@@ -314,6 +331,8 @@ def _loss_at(run: dict[str, Any], seconds: float) -> float:
 def _task_sections(results: Results) -> Iterator[str]:
     for task, runs in results["tasks"].items():
         labels = list(runs)
+        if not labels:
+            continue
         yield from (f"## Task: {task}", "", "| | " + " | ".join(labels) + " |")
         yield "|---|" + "---|" * len(labels)
         rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [

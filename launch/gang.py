@@ -47,6 +47,8 @@ def connect(config: Config) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray keeps the first it saw
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would end a whole worker where memory runs out; Linux ends what took it.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     import ray
 
     launch = config.launch

@@ -4,7 +4,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,26 @@ class Outcome:
     message: str = ""
 
 
-def place_faults(config: Config) -> list[str]:
-    """What cannot work where the workers will be: relative paths mean nothing on other machines."""
+def place_faults(paths: Iterable[tuple[str, str]]) -> list[str]:
+    """What cannot work where the workers will be: relative paths mean nothing on other machines.
+
+    `paths` are (key, value) of what the workers read and write.
+    """
     if not os.environ.get("RAY_ADDRESS"):
         return []
     return [
         f"{key}: {value} is relative, but workers of a cluster start in folders of their own that "
         f"are deleted: give an absolute path on storage that all of them share"
-        for key, value in (("run.dir", config.run.dir), ("data.path", config.data.path))
+        for key, value in paths
         if "://" not in value and not Path(value).is_absolute()
     ]
+
+
+def make_absolute(config: Config) -> None:
+    """Workers may start in another folder of this machine."""
+    config.run.dir = str(Path(config.run.dir).absolute())
+    if "://" not in config.data.path:
+        config.data.path = str(Path(config.data.path).absolute())
 
 
 def run_job(

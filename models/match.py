@@ -13,12 +13,14 @@ TOLERANCE = 0.02
 def match_parameters(config: ModelConfig, target: int, by: str = "width") -> ModelConfig:
     """`config` with its width (or its layers) solved so that it has `target` parameters.
 
-    Widths are multiples of 8 that cut into heads, so a width alone seldom fits: the MLP takes up
-    the rest, in multiples of 8. Of all that fit, the one whose MLP is nearest to the configured
+    Widths are multiples of 8 a head, so a width alone seldom fits: the MLP takes up the rest, in
+    multiples of 8. Of all that fit, the one whose MLP is nearest to the configured
     mlp_ratio. Raises ValueError where none is within 2 %.
     """
     assert by in ("width", "layers")
-    step = lcm(8, 2 * config.heads) if by == "width" else 1
+    attends = {"attention", "window"} & set(config.layer_mixers())
+    # kernels want vectors of 8 numbers, in a row and in a head
+    step = (lcm(8, 8 * config.heads) if attends else 8) if by == "width" else 1
     best: tuple[float, ModelConfig] | None = None
     for size in range(step, 1 << 16, step):
         changes: dict[str, Any] = {by: size, "mlp_ratio": 0.0}

@@ -16,6 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 # Queries at a time where a mask is needed over a cache: bounds the mask to this many rows.
 _MASKED_ROWS = 512
+# Keys of a cache that a decoded token's products take at a time.
+_DECODED_KEYS = 256
 
 
 class Cache(NamedTuple):
@@ -84,6 +86,8 @@ def attend(
         y = _attend_documents(q, k, v, reset)
         return y, () if last else _append(cache, k, v, reset)
     longer = _append(cache, k, v, reset)
+    if q.shape[1] == 1 and reset is None:
+        return _attend_one(q, longer, cache.visible), () if last else longer
     whole = past + q.shape[1]
     keys, values = (x[:, :, :whole].transpose(1, 2) for x in (longer.keys, longer.values))
     return _attend_after(past, q, keys, values, cache.visible, reset), () if last else longer
@@ -97,8 +101,9 @@ def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
     if not recorded and past and int(filled) == past and total <= keys.shape[2]:
         keys[:, :, past:total], values[:, :, past:total] = k, v
     else:
-        room = 0 if recorded or not past else total // 4 + 64
-        spare = k.new_empty(*k.shape[:2], room, k.shape[3])
+        # zeros: a decoded token's products pass over some of the room
+        room = 0 if recorded or not past else total // 4 + _DECODED_KEYS
+        spare = k.new_zeros(*k.shape[:2], room, k.shape[3])
         keys = torch.cat([keys[:, :, :past].to(k.dtype), k, spare], dim=2)
         values = torch.cat([values[:, :, :past].to(v.dtype), v, spare], dim=2)
         filled = torch.zeros_like(filled)
@@ -130,6 +135,27 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> 
     return torch.cat(rows)
 
 
+def _attend_one(q: Tensor, cache: Cache, visible: Tensor) -> Tensor:
+    """One query [B, 1, heads, d] against the cache that it is the last of; as `_attend_after`.
+
+    Plain products that read every key once: torch's kernel takes 4 to 9 times as long for one query
+    in bf16 on a CPU. Keys are taken in multiples of 256, because a product of a size that was not
+    seen before is prepared anew there, for longer than it takes.
+    """
+    total, capacity = int(cache.length), cache.keys.shape[2]
+    span = min(capacity, -(-total // _DECODED_KEYS) * _DECODED_KEYS)
+    keys, values = cache.keys[:, :, :span], cache.values[:, :, :span]
+    grouped = q[:, 0].unflatten(1, (keys.shape[1], -1))  # [B, kv heads, queries of each, d]
+    scores = keys @ (grouped * q.shape[-1] ** -0.5).transpose(2, 3)
+    scores = scores.transpose(2, 3).contiguous()  # [B, kv heads, queries of each, span]
+    hidden = torch.arange(span, device=q.device) >= total
+    if visible.shape[1]:
+        hidden = hidden | F.pad(~visible, (0, span - visible.shape[1]))[:, None, None]
+    scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return (weights.to(q.dtype) @ values).flatten(1, 2).unsqueeze(1)
+
+
 def _attend_after(
     past: int, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, reset: Tensor | None
 ) -> Tensor:
@@ -152,7 +178,7 @@ def _attend_after(
             same = document[:, rows, None] == documents[:, None, :seen]
             order = torch.ones(rows.stop - begin, seen, dtype=torch.bool, device=q.device)
             mask = (same & order.tril(past + begin)).unsqueeze(1)
-        elif steps > 1:
+        else:
             mask = causal_lower_right(rows.stop - begin, seen)
         pieces.append(_attention(q[:, rows], keys[:, :seen], values[:, :seen], attn_mask=mask))
     return torch.cat(pieces, dim=1)
@@ -201,19 +227,8 @@ def attend_window(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-    """torch's kernel, in our layout; a decoded token by plain products, which only read the keys.
-
-    On a CPU in bf16 the kernel took 9 times as long for one query (2 heads of 64, 32K tokens).
-    """
+    """torch's kernel, in our layout."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = how.get("attn_mask")
-    if q.shape[2] == 1 and (mask is None or mask.dtype == torch.bool):
-        grouped = q.reshape(*k.shape[:2], -1, q.shape[3])  # [B, kv heads, queries of each, d]
-        scores = (grouped * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        return (weights.to(q.dtype) @ v).reshape(q.shape).transpose(1, 2)
     shared = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **how)
     return y.transpose(1, 2)

@@ -15,6 +15,10 @@ SMALL = (
     "train.steps=3 train.seq_len=512 model.width=16 model.layers=1 evaluate.sequences=2 "
     "checkpoint.every=3 optim.warmup_steps=1"
 )
+SMALL_COMPARISON = (
+    "compare.lengths=[256] compare.tokens_per_step=256 compare.repetitions=1 compare.steps=1 "
+    "compare.decode_tokens=2 compare.tasks={} model.width=32 model.window=16"
+)
 BIN = Path(sys.executable).parent
 
 
@@ -49,7 +53,9 @@ def run(command: str, folder: Path) -> str:
 
 
 def small(command: str) -> str:
-    """The same command on a run of three steps."""
+    """The same command on a run of three steps, or on cells of 256 tokens."""
+    if "launch compare" in command:
+        return f"{command} {SMALL_COMPARISON}"
     return f"{command} {SMALL}" if "configs/" in command else command
 
 
@@ -85,7 +91,9 @@ def test_commands_work_in_the_order_of_the_page(checkout):
             shown = run(small(command), checkout)
             if "-m launch train" in command:
                 assert "bits per byte" in shown
-    assert ran >= 4
+            if "-m launch compare" in command:
+                assert "mingru trains faster than attention" in shown
+    assert ran >= 5
     tensorboard = next(c for c in commands() if c.startswith("tensorboard"))
     folder = shlex.split(tensorboard)[-1]
     assert any("tfevents" in path.name for path in (checkout / folder).rglob("*"))

@@ -3,9 +3,11 @@
 The file has a section `compare` beside those of a run, which all cells and trainings share.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ class CompareConfig:
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
     parameters: int | None = None  # of every model; None: as many as the first mixer's at model.*
     match: str = "width"  # what is solved for that: width, or layers
-    tokens_per_step: int = 32768  # train.batch_size follows: the same tokens at every length
+    tokens_per_step: int = 32768  # train.batch_size follows: so many tokens, or one sequence
     micro_batch_tokens: int = 8192  # train.micro_batch_size follows: one sequence at least
     repetitions: int = 3  # of every cell, interleaved
     steps: int = 5  # timed steps of a cell's repetition, at most; one before them is not timed
@@ -124,6 +126,20 @@ def _faults(config: ComparisonFile) -> Iterator[tuple[str, str]]:
     for name in positive.split():
         if getattr(compare, name) < 1:
             yield f"compare.{name}", f"{getattr(compare, name)} is not positive"
+    for key in ("cell_timeout_seconds", "memory_gib_per_worker", "parameters"):
+        value = getattr(compare, key)
+        if value is not None and not value > 0:
+            yield f"compare.{key}", f"{value} is not positive"
+    for section, key in ((config.parallel, "sp"), (config.launch, "workers")):
+        if getattr(section, key) < 1:
+            where = "parallel" if key == "sp" else "launch"
+            yield f"{where}.{key}", f"{getattr(section, key)} is not positive"
+    if compare.tasks and not (config.evaluate.every > 0 and config.evaluate.sequences > 0):
+        yield "evaluate.every", "0 evaluations on the way: tasks are compared by held-out losses"
+    for name, task in compare.tasks.items():
+        for setting in task:
+            if setting.startswith(("model.", "compare.", "run.dir", "launch.", "parallel.")):
+                yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"
     for length in compare.lengths:
         if length < 1:
             yield "compare.lengths", f"{length} is not positive"
@@ -174,7 +190,11 @@ def _training(
     if faults:
         raise ConfigError(str(path), [f"task {name}: {fault}" for fault in faults])
     run = _run_of(config, model)
-    run.run.dir = str(Path(settings.dir) / "runs" / name / label)
+    # A run of other settings is another run: it neither resumes this one nor passes for it.
+    described = asdict(run)
+    del described["run"]["dir"], described["checkpoint"]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+    run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
     return run
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -36,6 +37,7 @@ Result = dict[str, Any]
 
 OUT_OF_MEMORY = "out of memory"
 OUT_OF_TIME = "out of time"
+STOPPED = "stopped"  # because another worker had failed
 
 
 def measure_training(config: Config, steps: int, seconds: float) -> Result:
@@ -140,6 +142,9 @@ class Cell:
         environment: dict[str, str],
         memory_bytes: int | None = None,
     ) -> None:
+        if not config.launch.gpus_per_worker:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when the server imports DeepSpeed
+        self._stopped = False
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "deepspeed", "trainer.measure"])
         self._answer, theirs = context.Pipe(duplex=False)
@@ -163,17 +168,20 @@ class Cell:
                 return {"failed": OUT_OF_TIME}
             return self._answer.recv()
         except EOFError:  # it died without a word
+            if self._stopped:
+                return {"failed": STOPPED}
             self._child.join(5)
             if self._child.exitcode == -signal.SIGKILL:
                 return {"failed": OUT_OF_MEMORY}  # Linux ends a process so when memory is out
             return {"failed": f"ended with exit status {self._child.exitcode}"}
         finally:
-            self.stop()
+            self._child.kill()
+            self._child.join()
 
     def stop(self) -> None:
-        """End the child, whatever it does."""
+        """End the child, whatever it does; `wait`, in another thread, then says so."""
+        self._stopped = True
         self._child.kill()
-        self._child.join()
 
 
 def _child(
@@ -186,6 +194,8 @@ def _child(
     Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    with suppress(OSError):  # where memory is out, Linux shall end this and nothing else
+        Path("/proc/self/oom_score_adj").write_text("1000")
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     try:
@@ -199,9 +209,9 @@ def _child(
     os._exit(0)  # other workers may be waited for in vain by libraries that clean up
 
 
-def hardware() -> str:
+def hardware(use_gpu: bool) -> str:
     """What a measurement ran on, for people: the GPU, or the processor and its cores."""
-    if torch.cuda.is_available():
+    if use_gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -221,8 +231,11 @@ def _end_with_parent() -> None:
 def _is_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    said = str(error)
-    return "can't allocate memory" in said or "not enough memory" in said or "bad_alloc" in said
+    # of the CPU's allocator, C++, CUDA outside torch's allocator, cuBLAS, NCCL
+    words = (
+        "can't allocate memory|not enough memory|bad_alloc|out of memory|ALLOC_FAILED|CUDA calloc"
+    )
+    return any(word in str(error) for word in words.split("|"))
 
 
 def _device(config: Config) -> torch.device:

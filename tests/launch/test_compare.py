@@ -36,11 +36,11 @@ compare:
   seconds: 0.1
   decode_tokens: 4
   tasks:
-    text: [train.steps=4, train.seq_len=64, train.batch_size=2, evaluate.every=2]
+    text: [train.steps=4, train.seq_len=64, train.batch_size=2]
 data: {{path: {dataset}}}
-model: {{layers: 2, width: 16, window: 16}}
+model: {{layers: 2, width: 32, heads: 2, window: 16}}
 parallel: {{sp: 2}}
-evaluate: {{sequences: 2}}
+evaluate: {{sequences: 2, every: 2}}
 launch: {{workers: 2}}
 """
     )
@@ -123,7 +123,7 @@ def test_report_has_every_figure_and_says_where_lines_cross(comparison_file, gan
     # 1 / (length * 1e-4) against 1 / 1e-2: equal at 100 tokens
     assert "mingru trains faster than attention from about 100 tokens on: 0.64 times its" in page
     assert "mingru decodes faster than attention from about 100 tokens on" in shown
-    assert "attention, training: out of memory, from 256 tokens on." in page
+    assert "attention, training: out of memory at 256 tokens." in page
     assert "| 64 | 156 (156 to 156) | 100 (100 to 100) | 100 (100 to 100) |" in page
     assert "| 256 | **out of memory** | 100 (100 to 100) | 100 (100 to 100) |" in page
     assert "| 64 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00)" in page  # the larger of two workers
@@ -140,6 +140,7 @@ def test_crossing_is_told_as_it_is():
     assert "from about 200 tokens on" in said((100, 0.5), (400, 2.0))
     assert "only up to about 200 tokens" in said((100, 2.0), (400, 0.5))
     assert "at every length measured" in said((100, 1.5), (400, 2.0))
+    assert "cross at about 200 and 800" in said((100, 2.0), (400, 0.5), (1600, 2.0))
     assert "at no length measured" in said((100, 0.5), (400, 0.9))
     assert "measured together at no length" in said()
     less = _crossing("x", "trains in less memory than", "its memory", [(1, 2.0), (2, 4.0)])
@@ -148,7 +149,7 @@ def test_crossing_is_told_as_it_is():
 
 def test_loss_at_a_time_lies_between_evaluations():
     run = {"held_out": [{"seconds": 2, "loss": 4.0}, {"seconds": 4, "loss": 2.0}]}
-    assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [4, 4, 3, 2, 2]
+    assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
 
 
 def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path):

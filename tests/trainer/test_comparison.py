@@ -17,10 +17,10 @@ def _faults(tmp_path, text: str, *overrides: str) -> str:
 def test_faults_of_the_section_are_told_together(tmp_path):
     said = _faults(
         tmp_path,
-        "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3}\n"
-        "model: {heads: 3, width: 64}\n",
+        "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3,\n"
+        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1]}}\n"
+        "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",
     )
-    assert "4 faults" not in said
     for part in (
         "compare.yaml:1: compare.mixers: 'gru' is not one of",
         "compare.lengths: the list is empty",
@@ -28,6 +28,10 @@ def test_faults_of_the_section_are_told_together(tmp_path):
         "compare.repetitions: 0 is not positive",
         "compare.stepz: unknown key; the nearest known one is compare.steps",
         "model.heads: 3 does not cut width 64",
+        "compare.memory_gib_per_worker: -1.0 is not positive",
+        "parallel.sp: 0 is not positive",
+        "evaluate.every: 0 evaluations on the way",
+        "compare.tasks: text sets model.dropout=0.1, which is the comparison's own",
     ):
         assert part in said
 
@@ -37,7 +41,7 @@ def test_faults_of_cells_and_trainings_say_where(tmp_path):
         tmp_path,
         "compare:\n  mixers: [attention, mingru]\n  lengths: [64, 33]\n"
         "  tasks: {text: [data.path=nowhere, train.steps=0]}\n"
-        "parallel: {sp: 2}\nlaunch: {workers: 2}\n",
+        "parallel: {sp: 2}\nlaunch: {workers: 2}\nevaluate: {every: 1}\n",
     )
     assert "attention at 33: train.seq_len: 33 is not divisible by parallel.sp 2" in said
     assert "task text, mingru: train.steps: 0 is not positive" in said
@@ -45,7 +49,9 @@ def test_faults_of_cells_and_trainings_say_where(tmp_path):
 
 
 def test_unknown_keys_of_a_task_are_told(tmp_path):
-    said = _faults(tmp_path, "compare: {lengths: [64], tasks: {text: [train.stepz=3]}}\n")
+    said = _faults(
+        tmp_path, "compare: {lengths: [64], tasks: {text: [train.stepz=3]}}\nevaluate: {every: 1}\n"
+    )
     assert "task text: command line: train.stepz: unknown key" in said
 
 

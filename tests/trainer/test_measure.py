@@ -13,6 +13,7 @@ from trainer.config import Config, load_config
 from trainer.measure import (
     OUT_OF_MEMORY,
     OUT_OF_TIME,
+    STOPPED,
     Cell,
     measure_reading,
     measure_training,
@@ -43,7 +44,7 @@ def test_training_is_timed_after_one_step_that_is_not(config_file):
 @pytest.mark.parametrize("mixer", ["attention", "mingru"])
 def test_reading_keeps_what_the_mixer_needs(config_file, mixer):
     config = _config(config_file, f"model.mixer={mixer}")
-    short, long = (_measure(measure_reading, config, n, 8, 4096) for n in (100, 1000))
+    short, long = (_measure(measure_reading, config, n, 8, 4096) for n in (100, 4000))
     assert short["decode_tokens_per_second"] > 0 < long["prefill_seconds"]
     assert (long["carry_bytes"] > 5 * short["carry_bytes"]) == (mixer == "attention")
 
@@ -88,7 +89,7 @@ def test_other_faults_are_told_as_they_are():
 def test_stop_ends_a_cell_at_once():
     cell = Cell(_sleep, Config(), (), ALONE)
     cell.stop()
-    assert "failed" in cell.wait(30)
+    assert cell.wait(30) == {"failed": STOPPED}
 
 
 def test_all_cells_see_the_same_tokens_and_parameters(tmp_path):

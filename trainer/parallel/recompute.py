@@ -1,9 +1,9 @@
 """Activation checkpointing: a block's activations are computed again in its backward.
 
 What crossed the sequence is not: spans and the results of exchanges are small, a few [B, H] per
-layer (on a GPU the maps of chunks besides, at most a sixteenth of h), and are kept. So these
-exchanges do not run twice. Full attention's all-to-all does: what it brings is as large as what is
-not to be kept.
+layer (on a GPU the maps of chunks besides, at most a sixteenth of h) or a window's halo, and are
+kept. So these exchanges do not run twice. Full attention's all-to-all does: what it brings is as
+large as what is not to be kept.
 """
 
 from functools import partial
