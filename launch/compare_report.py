@@ -200,8 +200,8 @@ def _circumstances(results: Results) -> list[str]:
         + (f", out of memory above {limit:g} GiB a worker" if limit else ""),
         "- the same optimizer, precision, sharded step and tiled loss for all; random tokens in "
         "the cells",
-        f"- trainings: one run each, seed {config['run']['seed']}; one learning rate for all, tuned "
-        f"for none ({config['optim']['learning_rate']:g} where a task does not say otherwise); "
+        f"- trainings: one run each, seed {config['run']['seed']}; one learning rate for all, tuned"
+        f" for none ({config['optim']['learning_rate']:g} where a task does not say otherwise); "
         f"weight decay {config['optim']['weight_decay']:g} on matrices, but not on those that make "
         f"gates and candidates of a recurrence; recurrences have a convolution of "
         f"{config['model']['conv_width']} tokens before them, attention and window have none",
@@ -421,19 +421,23 @@ def _draw(path: Path, title: str, series: Series, *, x: str, y: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for marker, (name, points) in zip(MARKERS * 3, series.items(), strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
-    if x.startswith("context"):
-        axes.set_xticks(sorted({point[0] for points in series.values() for point in points}))
-        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-        axes.minorticks_off()
-    else:
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.grid(alpha=0.3, which="both")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_formatter(NullFormatter())
+    heights = [height for points in series.values() for _, height in points]
+    if heights and max(heights) < 2 * min(heights):  # too close for ticks at 1, 2 and 5
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    if "context" in x:
+        lengths = sorted({length for points in series.values() for length, _ in points})
+        axes.set_xticks(lengths, [_short(length) for length in lengths])
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
