@@ -111,7 +111,8 @@ def test_interrupted_and_run_again_gives_the_same_bytes(tmp_path):
             os.killpg(attempt.pid, signal.SIGKILL)
             attempt.wait()
             kills += 1
-            assert not killed.exists()
+            # what is there is finished: the kill may have come between the renaming and the end
+            assert not killed.exists() or contents(killed) == contents(straight)
     assert kills >= 1
     assert contents(killed) == contents(straight)
     assert verify(killed, progress=False) == []
