@@ -7,11 +7,9 @@ machine that drifts drifts for all alike. Each result is on disk before the next
 import hashlib
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +23,7 @@ from trainer.comparison import Comparison, describe_models
 from trainer.config import Config
 from trainer.measure import OUT_OF_MEMORY, OUT_OF_TIME, STOPPED
 from trainer.metrics import read_lines
+from trainer.provenance import commit
 
 Record = dict[str, Any]
 Show = Callable[[str], None]
@@ -40,10 +39,6 @@ class Visit:
     length: int
     repetition: int
     config: Config
-
-    @property
-    def name(self) -> str:
-        return f"{self.what} {self.label} at {self.length:,}"
 
 
 def run_comparison(
@@ -63,23 +58,31 @@ def run_comparison(
     with cell_gang(comparison.config) as workers:
         hardware = workers.hardware()
         visits = list(_visits(comparison))
-        for number, visit in enumerate(visits):
+        records: list[Record] = []
+        limits: dict[tuple[str, str], Record] = {}  # where a mixer first met a limit
+        for visit in visits:
             key = _key(visit, comparison, hardware)
-            if key in store.records:
-                continue
-            if should_stop():
-                return None
-            started = time.perf_counter()
-            record = _lost_already(visit, store, comparison, hardware) or _measure(
-                workers, visit, comparison
-            )
-            seconds = time.perf_counter() - started
-            store.add(key, record)
-            show(
-                f"[{number + 1}/{len(visits)}, repetition {visit.repetition + 1}] {visit.name}: "
-                f"{_shown(record, visit)} ({seconds:.0f} s)"
-            )
-        records = [store.records[_key(visit, comparison, hardware)] for visit in visits]
+            if key not in store.records:
+                if should_stop():
+                    return None
+                started = time.perf_counter()
+                limit = limits.get((visit.what, visit.label))
+                if limit and limit["length"] <= visit.length:  # an easier one did not work
+                    failed = {"failed": limit["failed"], "failed_at": limit["length"]}
+                    store.add(key, {**_named(visit), **failed})
+                else:
+                    store.add(key, _measure(workers, visit, comparison))
+                show(
+                    f"[{len(records) + 1}/{len(visits)}, repetition {visit.repetition + 1}] "
+                    f"{visit.what} {visit.label} at {visit.length:,}: "
+                    f"{_shown(store.records[key], visit)} ({time.perf_counter() - started:.0f} s)"
+                )
+            records.append(store.records[key])
+            met = limits.get((visit.what, visit.label))
+            if _is_limit(records[-1].get("failed", "")) and (
+                met is None or visit.length < met["length"]
+            ):
+                limits[visit.what, visit.label] = records[-1]
     lost: dict[str, dict[str, str]] = {task: {} for task in comparison.tasks}
     for task, runs in comparison.tasks.items():
         for label, config in runs.items():
@@ -173,20 +176,6 @@ def _measure(workers: CellGang, visit: Visit, comparison: Comparison) -> Record:
     return record
 
 
-def _lost_already(
-    visit: Visit, store: "_Store", comparison: Comparison, hardware: str
-) -> Record | None:
-    """The record of a cell that cannot work because an easier one did not."""
-    for earlier in _visits(comparison):
-        same = (earlier.what, earlier.label) == (visit.what, visit.label)
-        if same and earlier.length <= visit.length:
-            record = store.records.get(_key(earlier, comparison, hardware))
-            if record and _is_limit(record.get("failed", "")):
-                at = record.get("failed_at", record["length"])
-                return {**_named(visit), "failed": record["failed"], "failed_at": at}
-    return None
-
-
 def _is_limit(failure: str) -> bool:
     """A limit of the machine, not a fault: longer sequences need not be tried."""
     return failure in (OUT_OF_MEMORY, OUT_OF_TIME)
@@ -194,7 +183,7 @@ def _is_limit(failure: str) -> bool:
 
 def _named(visit: Visit) -> Record:
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "what": visit.what,
         "mixer": visit.label,
         "length": visit.length,
@@ -251,17 +240,6 @@ def _curve(config: Config) -> dict[str, Any]:
         ],
         "final": json.loads((folder / "evaluation.json").read_text()),
     }
-
-
-@cache
-def _commit() -> str:
-    """Of the code that measures, as it was when the first cell was."""
-    root = str(Path(__file__).parents[1])
-    git = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # a working directory that Ray has uploaded
 
 
 class _Store:

@@ -1,26 +1,33 @@
 """A comparison as a page for people: report.md, and plots of throughput, memory and loss."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-Results = dict[str, Any]
-Cells = dict[tuple[str, int], list[dict[str, Any]]]  # (mixer, length) -> repetitions
-Figure = Callable[[dict[str, Any]], float]  # of one repetition
-Series = dict[str, list[tuple[float, float]]]
-
-BASELINE = "attention"
-MARKERS = "osD^vPX*"
+from launch.compare_figures import (
+    Cells,
+    Figure,
+    Results,
+    gigaflops,
+    group,
+    known_peak,
+    lengths_of,
+    median_of,
+    memory,
+    training_rate,
+    why_failed,
+    workers_of,
+)
+from launch.compare_findings import findings_of
+from launch.plot import Series, plot_lines
 
 
 def write_comparison(folder: Path, results: Results) -> str:
     """Write report.md and its plots into `folder`; what the driver prints at the end."""
-    training, reading = (_group(results, what) for what in ("training", "reading"))
-    rate = _training_rate(results)
-    findings = list(_findings(results, training, reading))
+    training, reading = (group(results, what) for what in ("training", "reading"))
+    rate = training_rate(results)
+    findings = list(findings_of(results, training, reading))
     plots = _plots(folder, results, training, reading)
     page = [
         f"# {', '.join(results['models'])}: side by side",
@@ -45,7 +52,7 @@ def write_comparison(folder: Path, results: Results) -> str:
         "",
         f"Per worker ({results['config']['launch']['workers']} workers):",
         "",
-        *_grid(results, training, lambda r: rate(r) / _workers(results), "{:,.0f}", spread=False),
+        *_grid(results, training, lambda r: rate(r) / workers_of(results), "{:,.0f}", spread=False),
         "",
         "Seconds per optimizer step:",
         "",
@@ -53,12 +60,12 @@ def write_comparison(folder: Path, results: Results) -> str:
         "",
         "Peak memory of a worker over what it holds before it builds the model, GiB:",
         "",
-        *_grid(results, training, _memory, "{:.2f}"),
+        *_grid(results, training, memory, "{:.2f}"),
         "",
         "Achieved GFLOP/s of all workers, counting what the model needs (half the square of "
-        "attention, nothing twice)" + (", and of the peak:" if _peak(training) else ":"),
+        "attention, nothing twice):",
         "",
-        *_grid(results, training, _flops(results), "{:,.0f}", spread=False),
+        *_grid(results, training, gigaflops(results), "{:,.0f}", spread=False),
         "",
         *_mfu(results, training),
         "Bytes that a worker sends along the sequence per step:",
@@ -87,67 +94,13 @@ def write_comparison(folder: Path, results: Results) -> str:
     return f"{shown}\n\nReport: {folder / 'report.md'}"
 
 
-def _group(results: Results, what: str) -> Cells:
-    cells: Cells = {}
-    for record in results["cells"]:
-        if record["what"] == what:
-            cells.setdefault((record["mixer"], record["length"]), []).append(record)
-    return cells
-
-
-def _lengths(results: Results) -> list[int]:
-    return sorted(set(results["settings"]["lengths"]))
-
-
-def _workers(results: Results) -> int:
-    return int(results["config"]["launch"]["workers"])
-
-
-def _training_rate(results: Results) -> Figure:
-    """Tokens per second of all workers, from the median step of a repetition."""
-
-    def rate(record: dict[str, Any]) -> float:
-        model = results["models"][record["mixer"]]
-        return model["tokens_per_step"][str(record["length"])] / median(record["step_seconds"])
-
-    return rate
-
-
-def _memory(record: dict[str, Any]) -> float:
-    return record["peak_memory_bytes"] / 2**30
-
-
-def _flops(results: Results) -> Figure:
-    rate = _training_rate(results)
-
-    def gigaflops(record: dict[str, Any]) -> float:
-        model = results["models"][record["mixer"]]
-        per_token = model["training_flops_per_token"][str(record["length"])]
-        return rate(record) * per_token / 1e9
-
-    return gigaflops
-
-
-def _peak(training: Cells) -> float | None:
-    """The peak FLOP/s of a worker's device, where it is known."""
-    known = [r.get("peak_flops") for repetitions in training.values() for r in repetitions]
-    return next((peak for peak in known if peak), None)
-
-
 def _mfu(results: Results, training: Cells) -> list[str]:
-    peak = _peak(training)
+    peak = known_peak(training)
     if peak is None:
         return ["MFU is not given: the peak of this device is not known.", ""]
-    flops, total = _flops(results), peak * _workers(results) / 1e9
+    flops, total = gigaflops(results), peak * workers_of(results) / 1e9
     table = _grid(results, training, lambda r: 100 * flops(r) / total, "{:.1f}", spread=False)
     return ["MFU, percent:", "", *table, ""]
-
-
-def _median(repetitions: Sequence[dict[str, Any]], figure: Figure) -> float | None:
-    """None for a cell that was not measured to the end."""
-    if not repetitions or any("failed" in record for record in repetitions):
-        return None
-    return median(figure(record) for record in repetitions)
 
 
 def _grid(
@@ -156,13 +109,13 @@ def _grid(
     """Lengths down, mixers across; a cell that failed says why."""
     mixers = list(results["models"])
     lines = [f"| tokens | {' | '.join(mixers)} |", "|---|" + "---|" * len(mixers)]
-    for length in _lengths(results):
+    for length in lengths_of(results):
         row = []
         for mixer in mixers:
             repetitions = cells.get((mixer, length), [])
-            middle = _median(repetitions, figure)
+            middle = median_of(repetitions, figure)
             if middle is None:
-                row.append(_why(repetitions))
+                row.append(why_failed(repetitions))
                 continue
             shown = form.format(middle)
             if spread:
@@ -171,16 +124,6 @@ def _grid(
             row.append(shown)
         lines.append(f"| {length:,} | {' | '.join(row)} |")
     return lines
-
-
-def _why(repetitions: Sequence[dict[str, Any]]) -> str:
-    """What a cell without a figure says."""
-    failed = next((record for record in repetitions if "failed" in record), None)
-    if failed is None:
-        return "not measured"
-    reason = failed["failed"].strip().splitlines()[-1]
-    at = f" already at {failed['failed_at']:,}" if failed.get("failed_at") else ""
-    return f"**{reason}{at}**"
 
 
 def _circumstances(results: Results) -> list[str]:
@@ -223,109 +166,6 @@ def _model_table(results: Results) -> list[str]:
         for label, m in results["models"].items()
     ]
     return lines
-
-
-def _findings(results: Results, training: Cells, reading: Cells) -> Iterator[str]:
-    """The comparison in words, each sentence from the figures."""
-    mixers = list(results["models"])
-    compared: list[tuple[str, str, Cells, Figure]] = [
-        ("trains faster than", "its speed", training, _training_rate(results)),
-        ("trains in less memory than", "its memory", training, lambda r: 1 / _memory(r)),
-        ("decodes faster than", "its speed", reading, lambda r: r["decode_tokens_per_second"]),
-    ]
-    for better, what, cells, figure in compared if BASELINE in mixers else []:
-        for mixer in mixers:
-            if mixer != BASELINE:
-                yield _crossing(mixer, better, what, _ratios(results, cells, figure, mixer))
-    for what, cells in (("training", training), ("reading", reading)):
-        for mixer in mixers:
-            lost = [n for n in _lengths(results) if "failed" in _first(cells.get((mixer, n), []))]
-            if lost:
-                why = _why(cells[mixer, lost[0]]).strip("*")
-                yield f"{mixer}, {what}: {why} at {lost[0]:,} tokens."
-    for task, runs in results["tasks"].items():
-        yield from _verdict(task, runs)
-        for label, why in results["lost"][task].items():
-            yield f"{task}: the training of {label} failed: {why}"
-
-
-def _first(repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return next((r for r in repetitions if "failed" in r), {})
-
-
-def _ratios(results: Results, cells: Cells, figure: Figure, mixer: str) -> list[tuple[int, float]]:
-    """(length, the mixer's figure over the baseline's), where both were measured."""
-    found = []
-    for length in _lengths(results):
-        ours = _median(cells.get((mixer, length), []), figure)
-        base = _median(cells.get((BASELINE, length), []), figure)
-        if ours is not None and base is not None:
-            found.append((length, ours / base))
-    return found
-
-
-def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]]) -> str:
-    """Where the ratio passes one, by a straight line between measured points on log axes.
-
-    A ratio above one is for the mixer; of memory it is the baseline's over the mixer's.
-    """
-    if not ratios:
-        return f"{mixer} and {BASELINE} were measured together at no length."
-    (first, at_first), (last, at_last) = ratios[0], ratios[-1]
-    if all(ratio > 1 for _, ratio in ratios):
-        where = f"at every length measured, {first:,} to {last:,} tokens"
-    elif all(ratio <= 1 for _, ratio in ratios):
-        where = f"at no length measured, {first:,} to {last:,} tokens"
-    else:
-        crossings = [
-            a * (b / a) ** (math.log(s) / math.log(s / t))
-            for (a, s), (b, t) in pairwise(ratios)
-            if (s > 1) != (t > 1)
-        ]
-        passed = " and ".join(f"{crossing:,.0f}" for crossing in crossings)
-        if len(crossings) > 1:
-            where = f"in parts: the lines cross at about {passed} tokens"
-        elif at_last > 1:
-            where = f"from about {passed} tokens on"
-        else:
-            where = f"only up to about {passed} tokens"
-    if what == "its memory":
-        at_first, at_last = 1 / at_first, 1 / at_last
-    return (
-        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {what} at {first:,} tokens, "
-        f"{at_last:.2f} times at {last:,}."
-    )
-
-
-def _verdict(task: str, runs: dict[str, Any]) -> Iterator[str]:
-    if not runs:
-        return
-    by_loss = sorted(runs, key=lambda label: runs[label]["final"]["loss"])
-    tokens = runs[by_loss[0]]["tokens"][-1]
-    losses = ", ".join(f"{label} {runs[label]['final']['loss']:.3f}" for label in by_loss)
-    yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
-    seconds = min(run["seconds"][-1] for run in runs.values())
-    found = {label: _loss_at(run, seconds) for label, run in runs.items()}
-    at_time = {label: loss for label, loss in found.items() if loss is not None}
-    ordered = sorted(at_time, key=lambda label: at_time[label])
-    losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
-    yield (
-        f"{task}, held-out loss after {seconds:,.0f} s of training steps, best first: {losses} "
-        f"(the slower ones are then in the middle of their learning-rate schedule"
-        + (", or not evaluated yet" if len(at_time) < len(runs) else "")
-        + ")."
-    )
-
-
-def _loss_at(run: dict[str, Any], seconds: float) -> float | None:
-    """The held-out loss at a time, straight between evaluations; None before the first."""
-    points = [(e["seconds"], e["loss"]) for e in run["held_out"]]
-    if seconds < points[0][0]:
-        return None
-    for (a, before), (b, after) in pairwise(points):
-        if a <= seconds <= b:
-            return before + (after - before) * (seconds - a) / (b - a)
-    return points[-1][1]
 
 
 def _task_sections(results: Results) -> Iterator[str]:
@@ -373,27 +213,26 @@ def _plots(
     folder: Path, results: Results, training: Cells, reading: Cells
 ) -> list[tuple[str, str]]:
     """(file, title) of every plot that was drawn."""
-    rate = _training_rate(results)
-    context = "context, tokens"
+    rate = training_rate(results)
     plots: list[tuple[str, str, Series, dict[str, Any]]] = []
 
     def over_context(name: str, title: str, cells: Cells, figure: Figure, y: str) -> None:
-        series: Series = {}
+        series: dict[str, list[tuple[float, float]]] = {}
         for mixer in results["models"]:
             points = [
                 (float(length), middle)
-                for length in _lengths(results)
-                if (middle := _median(cells.get((mixer, length), []), figure)) is not None
+                for length in lengths_of(results)
+                if (middle := median_of(cells.get((mixer, length), []), figure)) is not None
             ]
             if points:
                 series[mixer] = points
-        plots.append((name, title, series, {"x": context, "y": y}))
+        plots.append((name, title, series, {"x": "context, tokens", "y": y, "lengths": True}))
 
     over_context(
         "throughput.png", "Training throughput over context", training, rate, "tokens per second"
     )
     over_context(
-        "memory.png", "Peak memory over context", training, _memory, "GiB a worker, over idle"
+        "memory.png", "Peak memory over context", training, memory, "GiB a worker, over idle"
     )
     over_context(
         "decode.png",
@@ -404,47 +243,12 @@ def _plots(
     )
     for task, runs in results["tasks"].items():
         for by, x in (("tokens", "tokens trained on"), ("seconds", "seconds of training steps")):
-            series = {
+            curves: Series = {
                 label: [(point[by], point["loss"]) for point in run["held_out"]]
                 for label, run in runs.items()
             }
             title = f"{task}: held-out loss over {by if by == 'tokens' else 'time'}"
-            plots.append((f"{task}_loss_{by}.png", title, series, {"x": x, "y": "nats per token"}))
+            plots.append((f"{task}_loss_{by}.png", title, curves, {"x": x, "y": "nats per token"}))
     for name, title, series, axes in plots:
-        _draw(folder / name, title, series, **axes)
+        plot_lines(folder / name, series, title=title, **axes)
     return [(name, title) for name, title, _, _ in plots]
-
-
-def _draw(path: Path, title: str, series: Series, *, x: str, y: str) -> None:
-    """Lines on log axes, told apart by marker as well as colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for marker, (name, points) in zip(MARKERS * 3, series.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), marker=marker, label=name)
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axis.set_minor_formatter(NullFormatter())
-    heights = [height for points in series.values() for _, height in points]
-    if heights and max(heights) < 2 * min(heights):  # too close for ticks at 1, 2 and 5
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-    if "context" in x:
-        lengths = sorted({length for points in series.values() for length, _ in points})
-        axes.set_xticks(lengths, [_short(length) for length in lengths])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _short(value: float) -> str:
-    for unit, size in (("M", 2**20), ("K", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value / size:.0f}{unit}"
-    return f"{value:g}"

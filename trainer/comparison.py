@@ -173,13 +173,13 @@ def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], i
 def _cell(config: ComparisonFile, model: ModelConfig, length: int) -> Config:
     """One cell's configuration: as many tokens a step as at any other length, if there is room."""
     cell = _run_of(config, model)
-    workers, train = cell.dp, cell.train
+    dp, train = cell.dp, cell.train
     train.seq_len = length
     train.micro_batch_size = max(1, config.compare.micro_batch_tokens // length)
-    per_worker = max(1, config.compare.tokens_per_step // length // max(1, workers))
+    per_worker = max(1, config.compare.tokens_per_step // length // max(1, dp))
     train.micro_batch_size = min(train.micro_batch_size, per_worker)
     train.batch_size = max(1, per_worker // train.micro_batch_size) * train.micro_batch_size
-    train.batch_size *= max(1, workers)
+    train.batch_size *= max(1, dp)
     return cell
 
 

@@ -6,7 +6,6 @@ runs out of memory or time takes nothing else with it.
 
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import sys
@@ -31,6 +30,7 @@ from trainer.engine import Engine
 from trainer.memory import keep_freed_memory, peak_memory_bytes
 from trainer.metrics import peak_flops
 from trainer.parallel.topology import Topology, initialize_distributed
+from trainer.provenance import processor
 from trainer.step import accumulate_gradients, prepare_model
 
 Result = dict[str, Any]
@@ -213,12 +213,7 @@ def hardware(use_gpu: bool) -> str:
     """What a measurement ran on, for people: the GPU, or the processor and its cores."""
     if use_gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def _end_with_parent() -> None:

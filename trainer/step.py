@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,16 @@ def prepare_model(model: LanguageModel, config: Config, topology: Topology) -> N
         for module in model.modules():
             if isinstance(module, COMPILED):
                 module.compile(dynamic=False)
+
+
+def seed_dropout(config: Config, step: int, rank: int) -> None:
+    """Dropout's masks follow from seed, step and rank alone, so that a resumed run draws the same.
+
+    The ranks of one sequence draw different ones, or each shard would drop the same places.
+    """
+    if config.model.dropout:
+        sequence = np.random.SeedSequence([config.run.seed, step, rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def accumulate_gradients(

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ from trainer.metrics import (
 )
 from trainer.optim import learning_rate
 from trainer.parallel.topology import Topology, initialize_distributed
-from trainer.step import accumulate_gradients, prepare_model
+from trainer.step import accumulate_gradients, prepare_model, seed_dropout
 
 # Rank 0 tells what happens: {"event": ..., ...}. The answer True asks to stop in good order.
 Report = Callable[[dict[str, Any]], bool]
@@ -96,8 +95,7 @@ def train(config: Config, report: Report) -> None:
         started = time.perf_counter()
         micro_batches = _next_step(batches, device, topology)
         data_seconds = time.perf_counter() - started
-        if config.model.dropout:  # by the step alone, so that a resumed run draws the same
-            torch.manual_seed(_dropout_seed(config.run.seed, step, topology.rank))
+        seed_dropout(config, step, topology.rank)
         topology.sequence.meter.take()
         loss_sum = accumulate_gradients(engine, micro_batches, config, device)
         exchange_seconds, _ = topology.sequence.meter.take()
@@ -143,11 +141,6 @@ def train(config: Config, report: Report) -> None:
     if topology.rank == 0:
         report({"event": "end", "step": step, "steps": config.train.steps})
     engine.destroy()
-
-
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of one step on one worker: the shards of a sequence must not drop the same channels."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def _open_stream(config: Config, split: str) -> TokenStream:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from launch.plot import plot_lines
 from models.scan import RECURRENCES, choose_backend, scan
 from tests.benchmarks import results
-from tests.benchmarks.plot import plot_lines
 from tests.benchmarks.scan_peers import DEVICE, GPU_PEERS, PEERS, Case, Run, ours
 from trainer.memory import keep_freed_memory
 
@@ -207,6 +207,7 @@ def main() -> None:
         series,
         title=f"minGRU scan, forward and backward, fp32, B=1, H={width} ({results.hardware()})",
         x="tokens T",
+        lengths=True,
         y="useful GB/s",
         reference="memory limit",
     )

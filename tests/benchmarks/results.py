@@ -4,7 +4,6 @@ import csv
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainer.provenance import commit, processor
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -20,7 +21,7 @@ def hardware() -> str:
     """A short name for file names: the GPU, or the processor's family and its cores."""
     if torch.cuda.is_available():
         return re.sub(r"\W+", "", torch.cuda.get_device_name().lower().replace("nvidia", ""))
-    words = re.findall(r"epyc|xeon|ryzen|core|neoverse", _processor().lower())
+    words = re.findall(r"epyc|xeon|ryzen|core|neoverse", processor().lower())
     return f"{words[0] if words else platform.machine()}{os.cpu_count()}core"
 
 
@@ -31,13 +32,11 @@ def result_path(theme: str, suffix: str) -> Path:
 
 def circumstances() -> str:
     """Markdown lines that say by what, where and from which commit a result was measured."""
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     spec = sys.modules["__main__"].__spec__
     command = " ".join([spec.name if spec else "?", *sys.argv[1:]])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return (
-        f"- command: `python -m {command}`\n- commit: {commit}\n"
+        f"- command: `python -m {command}`\n- commit: {commit()}\n"
         f"- hardware: {device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n"
         f"- torch {torch.__version__}, Python {platform.python_version()}\n"
     )
@@ -55,12 +54,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     lines += [["" if x is None else str(x) for x in row.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    found = re.search(r"model name\s*:\s*(.*)", text)
-    return found[1] if found else platform.processor()

@@ -14,7 +14,8 @@ import pytest
 
 from launch import compare
 from launch.compare import run_comparison
-from launch.compare_report import _crossing, _loss_at, write_comparison
+from launch.compare_findings import _crossing, _loss_at
+from launch.compare_report import write_comparison
 from trainer.comparison import load_comparison
 
 ROOT = Path(__file__).parents[2]

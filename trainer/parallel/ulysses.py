@@ -49,7 +49,9 @@ def ulysses_attend(
 
     length = int(cache.length)
     keys, values = (
-        _Own.apply(_by_rank(x[:, :, :length].repeat_interleave(copies, dim=1), ranks), group)
+        _Own.apply(
+            _split_heads(x[:, :, :length].repeat_interleave(copies, dim=1), ranks, dim=1), group
+        )
         for x in (cache.keys, cache.values)
     )
     own = Cache(keys, values, cache.visible, cache.length, cache.length.clone())
@@ -60,7 +62,7 @@ def ulysses_attend(
         return y, ()
     total = int(leaving[3])
     keys, values = (
-        _all_heads(_Everyone.apply(x[:, :, :total].contiguous(), group))[:, ::copies]
+        _join_heads(_Everyone.apply(x[:, :, :total].contiguous(), group), dim=1)[:, ::copies]
         for x in leaving[:2]
     )
     return y, Cache(keys, values, *leaving[2:4], leaving[3].clone())
@@ -72,24 +74,14 @@ def _copies(heads: int, kv_heads: int, ranks: int) -> int:
     return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % ranks == 0)
 
 
-def _by_rank(x: Tensor, ranks: int) -> Tensor:
-    """Of a cache: [B, heads, S, d] as [P, B, heads / P, S, d]."""
-    return x.unflatten(1, (ranks, -1)).movedim(1, 0)
+def _split_heads(x: Tensor, ranks: int, dim: int = 2) -> Tensor:
+    """[..., heads, ...] as [P, ..., heads / P, ...], for rank i what it holds."""
+    return x.unflatten(dim, (ranks, -1)).movedim(dim, 0)
 
 
-def _all_heads(x: Tensor) -> Tensor:
-    """Of a cache: [P, B, heads / P, S, d] as [B, heads, S, d]."""
-    return x.movedim(0, 1).flatten(1, 2)
-
-
-def _split_heads(x: Tensor, ranks: int) -> Tensor:
-    """[B, T, heads, d] as [P, B, T, heads / P, d], for rank i what it holds."""
-    return x.unflatten(2, (ranks, -1)).movedim(2, 0)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    """[P, B, T, heads / P, d] as [B, T, heads, d]."""
-    return x.movedim(0, 2).flatten(2, 3)
+def _join_heads(x: Tensor, dim: int = 2) -> Tensor:
+    """[P, ..., heads / P, ...] as [..., heads, ...], heads in dimension `dim`."""
+    return x.movedim(0, dim).flatten(dim, dim + 1)
 
 
 class _Own(torch.autograd.Function):

@@ -1,0 +1,119 @@
+"""A comparison in words, each sentence made from the figures."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from launch.compare_figures import (
+    Cells,
+    Figure,
+    Results,
+    failure_of,
+    lengths_of,
+    median_of,
+    memory,
+    training_rate,
+    why_failed,
+)
+
+BASELINE = "attention"
+
+
+def findings_of(results: Results, training: Cells, reading: Cells) -> Iterator[str]:
+    """The comparison in words, each sentence from the figures."""
+    mixers = list(results["models"])
+    compared: list[tuple[str, str, Cells, Figure]] = [
+        ("trains faster than", "its speed", training, training_rate(results)),
+        ("trains in less memory than", "its memory", training, lambda r: 1 / memory(r)),
+        ("decodes faster than", "its speed", reading, lambda r: r["decode_tokens_per_second"]),
+    ]
+    for better, what, cells, figure in compared if BASELINE in mixers else []:
+        for mixer in mixers:
+            if mixer != BASELINE:
+                yield _crossing(mixer, better, what, _ratios(results, cells, figure, mixer))
+    for what, cells in (("training", training), ("reading", reading)):
+        for mixer in mixers:
+            lost = [n for n in lengths_of(results) if failure_of(cells.get((mixer, n), []))]
+            if lost:
+                why = why_failed(cells[mixer, lost[0]]).strip("*")
+                yield f"{mixer}, {what}: {why} at {lost[0]:,} tokens."
+    for task, runs in results["tasks"].items():
+        yield from _verdict(task, runs)
+        for label, why in results["lost"][task].items():
+            yield f"{task}: the training of {label} failed: {why}"
+
+
+def _ratios(results: Results, cells: Cells, figure: Figure, mixer: str) -> list[tuple[int, float]]:
+    """(length, the mixer's figure over the baseline's), where both were measured."""
+    found = []
+    for length in lengths_of(results):
+        ours = median_of(cells.get((mixer, length), []), figure)
+        base = median_of(cells.get((BASELINE, length), []), figure)
+        if ours is not None and base is not None:
+            found.append((length, ours / base))
+    return found
+
+
+def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]]) -> str:
+    """Where the ratio passes one, by a straight line between measured points on log axes.
+
+    A ratio above one is for the mixer; of memory it is the baseline's over the mixer's.
+    """
+    if not ratios:
+        return f"{mixer} and {BASELINE} were measured together at no length."
+    (first, at_first), (last, at_last) = ratios[0], ratios[-1]
+    if all(ratio > 1 for _, ratio in ratios):
+        where = f"at every length measured, {first:,} to {last:,} tokens"
+    elif all(ratio <= 1 for _, ratio in ratios):
+        where = f"at no length measured, {first:,} to {last:,} tokens"
+    else:
+        crossings = [
+            a * (b / a) ** (math.log(s) / math.log(s / t))
+            for (a, s), (b, t) in pairwise(ratios)
+            if (s > 1) != (t > 1)
+        ]
+        passed = " and ".join(f"{crossing:,.0f}" for crossing in crossings)
+        if len(crossings) > 1:
+            where = f"in parts: the lines cross at about {passed} tokens"
+        elif at_last > 1:
+            where = f"from about {passed} tokens on"
+        else:
+            where = f"only up to about {passed} tokens"
+    if what == "its memory":
+        at_first, at_last = 1 / at_first, 1 / at_last
+    return (
+        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {what} at {first:,} tokens, "
+        f"{at_last:.2f} times at {last:,}."
+    )
+
+
+def _verdict(task: str, runs: dict[str, Any]) -> Iterator[str]:
+    if not runs:
+        return
+    by_loss = sorted(runs, key=lambda label: runs[label]["final"]["loss"])
+    tokens = runs[by_loss[0]]["tokens"][-1]
+    losses = ", ".join(f"{label} {runs[label]['final']['loss']:.3f}" for label in by_loss)
+    yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
+    seconds = min(run["seconds"][-1] for run in runs.values())
+    found = {label: _loss_at(run, seconds) for label, run in runs.items()}
+    at_time = {label: loss for label, loss in found.items() if loss is not None}
+    ordered = sorted(at_time, key=lambda label: at_time[label])
+    losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
+    yield (
+        f"{task}, held-out loss after {seconds:,.0f} s of training steps, best first: {losses} "
+        f"(the slower ones are then in the middle of their learning-rate schedule"
+        + (", or not evaluated yet" if len(at_time) < len(runs) else "")
+        + ")."
+    )
+
+
+def _loss_at(run: dict[str, Any], seconds: float) -> float | None:
+    """The held-out loss at a time, straight between evaluations; None before the first."""
+    points = [(e["seconds"], e["loss"]) for e in run["held_out"]]
+    if seconds < points[0][0]:
+        return None
+    for (a, before), (b, after) in pairwise(points):
+        if a <= seconds <= b:
+            return before + (after - before) * (seconds - a) / (b - a)
+    return points[-1][1]

@@ -1,0 +1,28 @@
+"""What a result was measured by and on. For benchmarks on bare machines too: Python alone."""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def commit() -> str:
+    """Of the code that measures, as it was when this was first asked."""
+    root = str(Path(__file__).parents[1])
+    git = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # a working directory that Ray has uploaded
+
+
+def processor() -> str:
+    """The processor's own name, where Linux tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"model name\s*:\s*(.*)", text)
+    return found[1] if found else platform.processor()
