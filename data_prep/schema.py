@@ -45,6 +45,7 @@ class SyntheticInfo:
     scored_from: int  # tokens from here on are answers; no other token counts in a loss
     scored_tokens: int  # in each sequence
     distances: list[int] = field(default_factory=list)  # of sequence i: distances[i % len]
+    hidden_as: int | None = None  # the token that a model reads in place of every answer
 
 
 @dataclass

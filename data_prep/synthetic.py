@@ -1,9 +1,8 @@
 """Recall made to measure: python -m data_prep.synthetic copy|needle --out DIR [--length N ...].
 
 copy    selective copying: `tokens` data tokens lie anywhere among blanks; after a marker the model
-        must write them again, in order. Gu & Dao 2023 (arXiv:2312.00752), section 4.1.1, as in Feng
-        et al. 2024 (arXiv:2410.01201), but with the answers as text that goes on: the model reads
-        its right answer so far, where theirs reads markers only.
+        must write them again, in order, reading only the marker, again and again. Gu & Dao 2023
+        (arXiv:2312.00752), section 4.1.1, as in Feng et al. 2024 (arXiv:2410.01201).
 needle  a marked value of `tokens` tokens among random ones; at the end a marker asks for it. The
         distance from value to answer is one of `distances`, in turn.
 
@@ -64,6 +63,7 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
             scored_from=scored_from,
             scored_tokens=settings.tokens,
             distances=list(settings.distances),
+            hidden_as=scored_from - 1 if settings.task == "copy" else None,  # the marker
         ),
     )
     partial = out.with_name(out.name + ".partial")

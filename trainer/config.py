@@ -30,6 +30,7 @@ class DataConfig:
     path: str = "data/stdlib"  # a folder of data_prep, or a URL that Streaming can read
     cache: str | None = None  # local folder for the shards of a URL
     reset_state: bool = False  # clear states where a document starts
+    shift: bool = False  # every epoch cuts its sequences from another token on
 
 
 @dataclass
@@ -124,6 +125,7 @@ FIXED_KEYS = (
     "model",
     "run.seed",
     "data.reset_state",
+    "data.shift",
     "deepspeed.zero_stage",
     "train.dtype",
     "train.seq_len",
@@ -285,11 +287,14 @@ def info_faults(config: Config, info: DatasetInfo) -> Iterator[tuple[str, str]]:
             f"{config.train.seq_len} is not the {info.synthetic.sequence_tokens} tokens that every "
             f"sequence of {data.path} has: use that",
         )
+    if info.synthetic and data.shift:
+        yield "data.shift", f"every sequence of {data.path} is a document of its own: leave it off"
     needed = config.train.seq_len + 1
-    if info.splits["train"].tokens < needed:
+    training = needed + (config.train.seq_len - 1 if data.shift else 0)
+    if info.splits["train"].tokens < training:
         yield (
             "train.seq_len",
-            f"{config.train.seq_len} needs {needed} tokens, {data.path} has "
+            f"{config.train.seq_len} needs {training} tokens, {data.path} has "
             f"{info.splits['train'].tokens}: shorten it or prepare more text",
         )
     if config.evaluate.sequences and info.splits["held_out"].tokens < needed:

@@ -1,8 +1,8 @@
 """The door to Streaming: sequences of any length from blocks, a rank reading its own shard only.
 
-A split is one stream of tokens in fixed blocks (data_prep.schema). Sequence i of length L is tokens
-[i * L, (i + 1) * L], one more than L for the last label; rank s of S reads tokens
-[i * L + s * T, i * L + (s + 1) * T], T = L / S, and the blocks these lie in, no others.
+A split is one stream of tokens in fixed blocks (data_prep.schema). A sequence of length L that
+begins at token i is tokens [i, i + L], one more than L for the last label; rank s of S reads tokens
+[i + s * T, i + (s + 1) * T], T = L / S, and the blocks these lie in, no others.
 
 Streaming's shard readers give random access to blocks and its Stream fetches shards of a URL, but
 its StreamingDataset is not used: that one deals out whole samples, in an order that depends on the
@@ -136,36 +136,46 @@ class TokenStream:
 
 
 class SequenceReader:
-    """One rank's shard of any sequence of a split."""
+    """One rank's shard of any sequence of a split; `sequences` of them lie end to end in it."""
 
     def __init__(
-        self, stream: TokenStream, seq_len: int, shard: int, shards: int, with_reset: bool
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        shard: int,
+        shards: int,
+        with_reset: bool,
+        shift: bool = False,
     ) -> None:
         self.stream, self.seq_len, self.with_reset = stream, seq_len, with_reset
         self.shard_tokens = seq_len // shards
         self.offset = shard * self.shard_tokens
-        self.sequences = max(0, stream.token_count - 1) // seq_len
+        # as many from wherever a shifted epoch begins
+        self.sequences = max(0, stream.token_count - (seq_len if shift else 1)) // seq_len
 
-    def micro_batch(self, indices: list[int]) -> MicroBatch:
-        """This rank's shard of the sequences `indices`, one row each.
+    def micro_batch(self, begins: list[int]) -> MicroBatch:
+        """This rank's shard of the sequences that begin at the tokens `begins`, one row each.
 
         Labels are shifted before sharding, so the last token of a shard learns from the first of
         the next one.
         """
         length = self.shard_tokens
-        tokens = np.empty((len(indices), length + 1), np.int64)
-        reset = np.zeros((len(indices), length), np.uint8) if self.with_reset else None
-        for row, index in enumerate(indices):
-            begin = index * self.seq_len + self.offset
-            tokens[row], starts = self.stream.read(begin, begin + length + 1)
+        rows = np.empty((len(begins), length + 1), np.int64)
+        reset = np.zeros((len(begins), length), np.uint8) if self.with_reset else None
+        for row, begin in enumerate(begins):
+            first = begin + self.offset
+            rows[row], starts = self.stream.read(first, first + length + 1)
             if reset is not None:
                 reset[row, starts[starts < length]] = 1
-        ids = torch.from_numpy(tokens)
-        labels, task = ids[:, 1:].contiguous(), self.stream.info.synthetic
+        ids = torch.from_numpy(rows)
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        task = self.stream.info.synthetic
         if task:
             labels = labels.masked_fill(labels < task.scored_from, IGNORED)
+            if task.hidden_as is not None:
+                tokens = tokens.masked_fill(tokens >= task.scored_from, task.hidden_as)
         return MicroBatch(
-            ids[:, :-1].contiguous(),
+            tokens,
             labels,
             None if reset is None else torch.from_numpy(reset),
             task.scored_tokens if task else None,
@@ -189,25 +199,32 @@ class Position:
 
 
 class SequenceOrder:
-    """Which sequence is the n-th of the run: a permutation per epoch, from seed and epoch alone."""
+    """Where the n-th sequence of the run begins: the sequences of an epoch end to end, permuted.
 
-    def __init__(self, sequences: int, seed: int) -> None:
-        self.sequences, self.seed = sequences, seed
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+    Permutation and, with `shift`, the first sequence's token follow from seed and epoch alone.
+    """
+
+    def __init__(self, sequences: int, seq_len: int, seed: int, shift: bool = False) -> None:
+        self.sequences, self.seq_len, self.seed, self.shift = sequences, seq_len, seed, shift
+        self._epoch, self._begins = -1, np.empty(0, np.int64)
 
     def __getitem__(self, n: int) -> int:
         epoch, index = divmod(n, self.sequences)
         if epoch != self._epoch:
             generator = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._permutation = epoch, generator.permutation(self.sequences)
-        return int(self._permutation[index])
+            self._epoch, self._begins = epoch, generator.permutation(self.sequences) * self.seq_len
+            if self.shift:
+                self._begins += generator.integers(self.seq_len)
+        return int(self._begins[index])
 
 
 def training_batches(
     reader: SequenceReader, config: Config, dp_rank: int, consumed: int
 ) -> Iterator[list[MicroBatch]]:
     """The micro-batches of every step from `consumed` sequences on, read one step ahead."""
-    order = SequenceOrder(reader.sequences, config.run.seed)
+    order = SequenceOrder(
+        reader.sequences, config.train.seq_len, config.run.seed, config.data.shift
+    )
     size, micro = config.train.batch_size, config.train.micro_batch_size
 
     def read_step(first: int) -> list[MicroBatch]:

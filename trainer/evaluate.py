@@ -61,7 +61,7 @@ def evaluate(
     totals = torch.zeros(3, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
     for begin in range(0, count, topology.dp_size):
         index = begin + topology.dp_rank
-        batch = reader.micro_batch([min(index, count - 1)])
+        batch = reader.micro_batch([min(index, count - 1) * reader.seq_len])
         reset = None if batch.reset is None else batch.reset.to(device)
         labels = batch.labels.to(device)
         readout = partial(token_scores, labels=labels, tile=tile)

@@ -61,11 +61,11 @@ def train(config: Config, report: Report) -> None:
     device = initialize_distributed(config.parallel.timeout_seconds, use_gpu)
     topology = Topology(config.parallel.sp, config.parallel.timeout_seconds)
     stream = topology.together(partial(_open_stream, config, "train"))
-    reader = _reader(stream, config, topology)
+    reader = _reader(stream, config, topology, config.data.shift)
     held_out = None
     if config.evaluate.sequences:
         held_stream = topology.together(partial(_open_stream, config, "held_out"))
-        held_out = _reader(held_stream, config, topology)
+        held_out = _reader(held_stream, config, topology, shift=False)
     run = _open_run_folder(config, topology, stream)
 
     torch.manual_seed(config.run.seed)
@@ -194,13 +194,14 @@ def _open_run_folder(config: Config, topology: Topology, stream: TokenStream) ->
     return run
 
 
-def _reader(stream: TokenStream, config: Config, topology: Topology) -> SequenceReader:
+def _reader(stream: TokenStream, config: Config, topology: Topology, shift: bool) -> SequenceReader:
     return SequenceReader(
         stream,
         config.train.seq_len,
         topology.sp_rank,
         topology.sp_size,
         config.data.reset_state,
+        shift,
     )
 
 

@@ -79,11 +79,17 @@ def test_what_cannot_be_made_is_told(tmp_path, capsys, arguments, said):
 def test_only_answers_are_labels(tmp_path):
     rows = _rows(COPY, tmp_path / "copy")
     stream = TokenStream(DataConfig(path=str(tmp_path / "copy")), "train")
-    shards = [SequenceReader(stream, 64, shard, 2, False).micro_batch([5, 9]) for shard in (0, 1)]
+    shards = [
+        SequenceReader(stream, 64, shard, 2, False).micro_batch([5 * 64, 9 * 64])
+        for shard in (0, 1)
+    ]
     assert [int((shard.labels != IGNORED).sum()) for shard in shards] == [0, 14]
     answers = shards[1].labels[:, -8:-1]
     assert answers.tolist() == rows[[5, 9], -7:].tolist()
     assert shards[0].tokens.tolist() == rows[[5, 9], :32].tolist()
+    # the marker eight times, as in the papers: what is to be copied is nowhere read a second time
+    assert shards[1].tokens[:, :-8].tolist() == rows[[5, 9], 32:-8].tolist()
+    assert (shards[1].tokens[:, -8:] == 7).all()
     assert {shard.scored_tokens for shard in shards} == {7}
 
 
@@ -104,3 +110,5 @@ def test_training_counts_answers_only_on_any_shard(config_file, tmp_path):
     assert result["baselines"] == {}
     with pytest.raises(ConfigError, match="is not the 64 tokens that every sequence"):
         load_config(config_file, [*options, "train.seq_len=32"])
+    with pytest.raises(ConfigError, match=r"data\.shift: every sequence of .* leave it off"):
+        load_config(config_file, [*options, "data.shift=true"])

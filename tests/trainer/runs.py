@@ -44,7 +44,7 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     config = load_config(config_file, list(overrides))
     stream = TokenStream(config.data, "train")
     reader = SequenceReader(stream, config.train.seq_len, 0, 1, config.data.reset_state)
-    order = SequenceOrder(reader.sequences, config.run.seed)
+    order = SequenceOrder(reader.sequences, config.train.seq_len, config.run.seed)
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
     optimizer = build_optimizer(model, config.optim)

@@ -19,16 +19,14 @@ def data(dataset):
 def test_shards_of_any_sp_make_the_same_sequence(data):
     """Data written once, read at any sp: tokens, labels and resets are the whole's, cut."""
     whole = SequenceReader(TokenStream(data, "train"), SEQ_LEN, 0, 1, with_reset=True)
-    indices = [3, 0]
-    expected = whole.micro_batch(indices)
+    begins = [3 * SEQ_LEN, 17]
+    expected = whole.micro_batch(begins)
     assert expected.reset is not None
     assert expected.reset.sum() > 0
     assert torch.equal(expected.tokens[:, 1:], expected.labels[:, :-1])
     for shards in (2, 3, 5):
         parts = [
-            SequenceReader(TokenStream(data, "train"), SEQ_LEN, s, shards, True).micro_batch(
-                indices
-            )
+            SequenceReader(TokenStream(data, "train"), SEQ_LEN, s, shards, True).micro_batch(begins)
             for s in range(shards)
         ]
         for name in ("tokens", "labels", "reset"):
@@ -44,7 +42,7 @@ def test_a_rank_touches_only_the_blocks_of_its_shard(data, dataset):
         for shard in range(shards):
             stream = TokenStream(data, "train")
             reader = SequenceReader(stream, SEQ_LEN, shard, shards, with_reset=False)
-            reader.micro_batch([2])
+            reader.micro_batch([2 * SEQ_LEN])
             begin = 2 * SEQ_LEN + shard * SEQ_LEN // shards
             end = begin + SEQ_LEN // shards + 1
             blocks = (end - 1) // info.block_size - begin // info.block_size + 1
@@ -63,15 +61,32 @@ def test_reset_marks_the_first_token_of_each_document(data, dataset):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    order = SequenceOrder(7, seed=3)
+    order = SequenceOrder(7, 10, seed=3)
     epochs = [[order[n] for n in range(e * 7, e * 7 + 7)] for e in range(3)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(7))
+        assert sorted(epoch) == list(range(0, 70, 10))
     assert epochs[0] != epochs[1]
-    assert [SequenceOrder(7, seed=3)[n] for n in range(14, 21)] == epochs[2]
-    assert [SequenceOrder(7, seed=4)[n] for n in range(7)] != epochs[0]
+    assert [SequenceOrder(7, 10, seed=3)[n] for n in range(14, 21)] == epochs[2]
+    assert [SequenceOrder(7, 10, seed=4)[n] for n in range(7)] != epochs[0]
     position = Position(consumed=17, sequences=7)
     assert (position.epoch, position.consumed_in_epoch) == (2, 3)
+
+
+def test_a_shifted_epoch_begins_at_a_place_of_its_own(data):
+    """Every place is one of seq_len, and the last sequence's last label is there at all of them."""
+    stream = TokenStream(data, "train")
+    reader = SequenceReader(stream, SEQ_LEN, 0, 1, False, shift=True)
+    order = SequenceOrder(reader.sequences, SEQ_LEN, seed=3, shift=True)
+    firsts = []
+    for epoch in range(200):
+        begins = sorted(order[epoch * reader.sequences + n] for n in range(reader.sequences))
+        assert np.diff(begins).tolist() == [SEQ_LEN] * (reader.sequences - 1)
+        assert 0 <= begins[0] < SEQ_LEN
+        firsts.append(begins[0])
+    assert len(set(firsts)) > 150
+    assert stream.token_count - (SEQ_LEN - 1 + reader.sequences * SEQ_LEN) in range(1, SEQ_LEN + 1)
+    again = SequenceOrder(reader.sequences, SEQ_LEN, seed=3, shift=True)
+    assert again[5 * reader.sequences + 1] == order[5 * reader.sequences + 1]
 
 
 def test_a_step_holds_the_same_sequences_whatever_dp(config_file):

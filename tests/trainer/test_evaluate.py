@@ -47,7 +47,7 @@ def test_loss_by_position_is_the_mean_over_each_range(config_file, ranks, sp):
     reader = SequenceReader(TokenStream(config.data, "held_out"), 192, 0, 1, True)
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
-    batch = reader.micro_batch([0, 1, 2])
+    batch = reader.micro_batch([0, 192, 384])
     with torch.no_grad():
         logits, _ = model(batch.tokens, reset=batch.reset)
     losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")

@@ -51,8 +51,8 @@ def _flip_then_train(config_file: Path, own_data: Path) -> str:
 def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
     """Sizes are right, one bit is not: one rank meets it, and all end with its message."""
     stream = TokenStream(DataConfig(path=str(own_data)), "train")
-    sequence = SequenceOrder((stream.token_count - 1) // 192, 0)[0]
-    shard_index, block = stream._spanner[(sequence * 192 + 150) // stream.info.block_size]
+    begin = SequenceOrder((stream.token_count - 1) // 192, 192, 0)[0]
+    shard_index, block = stream._spanner[(begin + 150) // stream.info.block_size]
     shard = own_data / "train" / stream._shards[shard_index].raw_data.basename
     data = bytearray(shard.read_bytes())
     end = int.from_bytes(data[8 + 4 * block : 12 + 4 * block], "little")
