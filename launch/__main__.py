@@ -95,9 +95,9 @@ def _watch_signals(said: str) -> Callable[[], bool]:
 
 def _compare(config_path: str, overrides: list[str]) -> int:
     comparison = load_comparison(config_path, overrides)
-    runs = [run for by_label in comparison.tasks.values() for run in by_label.values()]
     paths = {("compare.dir", comparison.settings.dir)}
-    paths |= {("data.path", run.data.path) for run in runs}
+    for runs in comparison.tasks.values():
+        paths |= {("data.path", run.data.path) for run, *_ in runs.values()}
     if faults := place_faults(sorted(paths)):
         raise ConfigError(config_path, faults)
     from launch.compare import run_comparison, train_quietly

@@ -84,17 +84,17 @@ def run_comparison(
             ):
                 limits[visit.what, visit.label] = records[-1]
     lost: dict[str, dict[str, str]] = {task: {} for task in comparison.tasks}
-    for task, runs in comparison.tasks.items():
-        for label, config in runs.items():
-            if _has_result(config):
-                continue
-            show(f"training {label} on {task}: {config.train.steps} steps")
-            try:
-                if should_stop() or not train(config):
-                    return None
-            except LaunchError as error:  # marked in the report, and tried again next time
-                lost[task][label] = str(error).strip().splitlines()[-1]
-                show(f"  failed: {error}")
+    for task, label, config in _trainings(comparison):
+        if _has_result(config):
+            continue
+        which = f"{label} at learning rate {config.optim.learning_rate:g}, seed {config.run.seed}"
+        show(f"training {which} on {task}: {config.train.steps} steps")
+        try:
+            if should_stop() or not train(config):
+                return None
+        except LaunchError as error:  # marked in the report, and tried again next time
+            lost[task][which] = str(error).strip().splitlines()[-1]
+            show(f"  failed: {error}")
     results = {
         "hardware": hardware,
         "versions": {
@@ -108,7 +108,11 @@ def run_comparison(
         "models": describe_models(comparison),
         "cells": records,
         "tasks": {
-            task: {label: _curve(config) for label, config in runs.items() if _has_result(config)}
+            task: {
+                label: curves
+                for label, configs in runs.items()
+                if (curves := [_curve(config) for config in configs if _has_result(config)])
+            }
             for task, runs in comparison.tasks.items()
         },
         "lost": lost,
@@ -144,6 +148,13 @@ def _visits(comparison: Comparison) -> Iterator[Visit]:
                 for label in labels[shift:] + labels[:shift]:
                     config = comparison.cells[label, length]
                     yield Visit(what, label, length, repetition, config)
+
+
+def _trainings(comparison: Comparison) -> Iterator[tuple[str, str, Config]]:
+    """(task, label, run) of every training; all mixers have had a rate and seed before the next."""
+    for task, runs in comparison.tasks.items():
+        for configs in zip(*runs.values(), strict=True):
+            yield from ((task, label, run) for label, run in zip(runs, configs, strict=True))
 
 
 def _arguments(visit: Visit, comparison: Comparison) -> tuple[Any, ...]:
@@ -231,6 +242,8 @@ def _curve(config: Config) -> dict[str, Any]:
     seconds = list(accumulate(line["step_seconds"] for line in metrics))
     at = {line["step"]: (line["tokens"], t) for line, t in zip(metrics, seconds, strict=True)}
     return {
+        "learning_rate": config.optim.learning_rate,
+        "seed": config.run.seed,
         "tokens": [line["tokens"] for line in metrics],
         "seconds": seconds,
         "loss": [line["loss"] for line in metrics],

@@ -1,12 +1,13 @@
 """Reads the figures of a comparison out of its results: cells, medians, rates, failures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
 Results = dict[str, Any]
 Cells = dict[tuple[str, int], list[dict[str, Any]]]  # (mixer, length) -> repetitions
 Figure = Callable[[dict[str, Any]], float]  # of one repetition
+Run = dict[str, Any]  # one training of a task
 
 
 def group(results: Results, what: str) -> Cells:
@@ -76,3 +77,35 @@ def why_failed(repetitions: Sequence[dict[str, Any]]) -> str:
     reason = failed["failed"].strip().splitlines()[-1]
     at = f" already at {failed['failed_at']:,}" if failed.get("failed_at") else ""
     return f"**{reason}{at}**"
+
+
+def held_out(run: Run) -> float:
+    """The loss after the last step, nats per token."""
+    return run["final"]["loss"]
+
+
+def by_rate(runs: Sequence[Run]) -> dict[float, list[Run]]:
+    """A mixer's runs of a task by learning rate, lowest rate first; of one rate the best first."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    return {
+        rate: sorted((run for run in runs if run["learning_rate"] == rate), key=held_out)
+        for rate in rates
+    }
+
+
+def best_runs(runs: Sequence[Run]) -> list[Run]:
+    """One run for each seed, at the learning rate of the lowest median loss; the best first."""
+    return min(by_rate(runs).values(), key=lambda found: median(map(held_out, found)))
+
+
+def typical(runs: Sequence[Run]) -> Run:
+    """Of the runs at the best learning rate, the one in the middle."""
+    found = best_runs(runs)
+    return found[(len(found) - 1) // 2]
+
+
+def table(corner: str, columns: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """Markdown of (name, cells) rows, and an empty line."""
+    names = list(columns)
+    lines = [f"| {corner} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows), ""]

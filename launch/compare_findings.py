@@ -3,17 +3,20 @@
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 from launch.compare_figures import (
     Cells,
     Figure,
     Results,
+    Run,
+    by_rate,
     failure_of,
+    held_out,
     lengths_of,
     median_of,
     memory,
     training_rate,
+    typical,
     why_failed,
 )
 
@@ -39,7 +42,8 @@ def findings_of(results: Results, training: Cells, reading: Cells) -> Iterator[s
                 why = why_failed(cells[mixer, lost[0]]).strip("*")
                 yield f"{mixer}, {what}: {why} at {lost[0]:,} tokens."
     for task, runs in results["tasks"].items():
-        yield from _verdict(task, runs)
+        yield from _verdict(task, {label: typical(found) for label, found in runs.items()})
+        yield from _edges(task, runs)
         for label, why in results["lost"][task].items():
             yield f"{task}: the training of {label} failed: {why}"
 
@@ -63,10 +67,11 @@ def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]
     if not ratios:
         return f"{mixer} and {BASELINE} were measured together at no length."
     (first, at_first), (last, at_last) = ratios[0], ratios[-1]
+    measured = f" measured, {first:,} to {last:,} tokens" if last > first else " measured"
     if all(ratio > 1 for _, ratio in ratios):
-        where = f"at every length measured, {first:,} to {last:,} tokens"
+        where = f"at every length{measured}"
     elif all(ratio <= 1 for _, ratio in ratios):
-        where = f"at no length measured, {first:,} to {last:,} tokens"
+        where = f"at no length{measured}"
     else:
         crossings = [
             a * (b / a) ** (math.log(s) / math.log(s / t))
@@ -83,17 +88,17 @@ def _crossing(mixer: str, better: str, what: str, ratios: list[tuple[int, float]
     if what == "its memory":
         at_first, at_last = 1 / at_first, 1 / at_last
     return (
-        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {what} at {first:,} tokens, "
-        f"{at_last:.2f} times at {last:,}."
+        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {what} at {first:,} tokens"
+        + (f", {at_last:.2f} times at {last:,}." if last > first else ".")
     )
 
 
-def _verdict(task: str, runs: dict[str, Any]) -> Iterator[str]:
+def _verdict(task: str, runs: dict[str, Run]) -> Iterator[str]:
     if not runs:
         return
-    by_loss = sorted(runs, key=lambda label: runs[label]["final"]["loss"])
+    by_loss = sorted(runs, key=lambda label: held_out(runs[label]))
     tokens = runs[by_loss[0]]["tokens"][-1]
-    losses = ", ".join(f"{label} {runs[label]['final']['loss']:.3f}" for label in by_loss)
+    losses = ", ".join(f"{label} {held_out(runs[label]):.3f}" for label in by_loss)
     yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
     seconds = min(run["seconds"][-1] for run in runs.values())
     found = {label: _loss_at(run, seconds) for label, run in runs.items()}
@@ -108,7 +113,20 @@ def _verdict(task: str, runs: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _loss_at(run: dict[str, Any], seconds: float) -> float | None:
+def _edges(task: str, runs: dict[str, list[Run]]) -> Iterator[str]:
+    """Where the best learning rate may lie outside those that were tried."""
+    for label, found in runs.items():
+        rates = list(by_rate(found))
+        best = typical(found)["learning_rate"]
+        for place, edge, beyond in ((0, "lowest", "lower"), (-1, "highest", "higher")):
+            if len(rates) > 1 and best == rates[place]:
+                yield (
+                    f"{task}: {label} did best at the {edge} learning rate tried, {best:g}: a "
+                    f"{beyond} one may be better still."
+                )
+
+
+def _loss_at(run: Run, seconds: float) -> float | None:
     """The held-out loss at a time, straight between evaluations; None before the first."""
     points = [(e["seconds"], e["loss"]) for e in run["held_out"]]
     if seconds < points[0][0]:

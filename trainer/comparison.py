@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class CompareConfig:
     prefill_segment: int = 32768  # a prompt is read in segments of this many tokens
     # Trainings to compare the losses of: name -> what is set for it, as on a command line.
     tasks: dict[str, list[str]] = field(default_factory=dict)
+    # A task is trained at each of these rates, and a mixer's best counts; empty: as the run's own.
+    learning_rates: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # and from each of these; empty: run.seed
+    # To stand beside ours: task -> mixer or another's name -> held-out loss, nats per token.
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Comparison:
     target: int  # parameters
     models: dict[str, ModelConfig]
     cells: dict[tuple[str, int], Config]  # (label, length)
-    tasks: dict[str, dict[str, Config]]  # name -> label -> run
+    tasks: dict[str, dict[str, list[Config]]]  # name -> label -> runs, by learning rate and seed
 
 
 def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
@@ -69,7 +75,7 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     }
     tasks = {
         name: {
-            label: _training(path, [*overrides, *task], settings, name, label, model)
+            label: list(_trainings(path, [*overrides, *task], settings, name, label, model))
             for label, model in models.items()
         }
         for name, task in settings.tasks.items()
@@ -77,9 +83,9 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     for (label, length), cell in cells.items():
         found += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
     for name, runs in tasks.items():
-        for label, run in runs.items():
+        for label, (run, *_) in runs.items():
             found += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
-        data = data_faults(next(iter(runs.values())))
+        data = data_faults(next(iter(runs.values()))[0])
         found += [f"task {name}: {key}: {text}" for key, text in data]
     if found:
         raise ConfigError(str(path), found)
@@ -136,10 +142,25 @@ def _faults(config: ComparisonFile) -> Iterator[tuple[str, str]]:
             yield f"{where}.{key}", f"{getattr(section, key)} is not positive"
     if compare.tasks and not (config.evaluate.every > 0 and config.evaluate.sequences > 0):
         yield "evaluate.every", "0 evaluations on the way: tasks are compared by held-out losses"
+    own = ["model.", "compare.", "run.dir", "launch.", "parallel."]
+    own += ["optim.learning_rate="] if compare.learning_rates else []
+    own += ["run.seed="] if compare.seeds else []
     for name, task in compare.tasks.items():
         for setting in task:
-            if setting.startswith(("model.", "compare.", "run.dir", "launch.", "parallel.")):
+            if setting.startswith(tuple(own)):
                 yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"
+    for rate in compare.learning_rates:
+        if not rate > 0:
+            yield "compare.learning_rates", f"{rate} is not positive"
+    for seed in compare.seeds:
+        if seed < 0:
+            yield "compare.seeds", f"{seed} is negative"
+    for name in compare.published:
+        if compare.tasks and name not in compare.tasks:
+            yield (
+                "compare.published",
+                f"{name!r} is not one of the tasks {', '.join(compare.tasks)}",
+            )
     for length in compare.lengths:
         if length < 1:
             yield "compare.lengths", f"{length} is not positive"
@@ -183,19 +204,28 @@ def _cell(config: ComparisonFile, model: ModelConfig, length: int) -> Config:
     return cell
 
 
-def _training(
-    path: Path, overrides: list[str], settings: CompareConfig, name: str, label: str, model: Any
-) -> Config:
+def _trainings(
+    path: Path,
+    overrides: list[str],
+    settings: CompareConfig,
+    name: str,
+    label: str,
+    model: ModelConfig,
+) -> Iterator[Config]:
+    """A mixer's runs of a task: every seed at every learning rate."""
     config, _, faults = merge(ComparisonFile, path, overrides)
     if faults:
         raise ConfigError(str(path), [f"task {name}: {fault}" for fault in faults])
-    run = _run_of(config, model)
-    # A run of other settings is another run: it neither resumes this one nor passes for it.
-    described = asdict(run)
-    del described["run"]["dir"], described["checkpoint"]
-    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
-    run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
-    return run
+    rates = settings.learning_rates or [config.optim.learning_rate]
+    for seed, rate in product(settings.seeds or [config.run.seed], rates):
+        run = _run_of(config, model)
+        run.run.seed, run.optim.learning_rate = seed, rate
+        # A run of other settings is another run: it neither resumes this one nor passes for it.
+        described = asdict(run)
+        del described["run"]["dir"], described["checkpoint"]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+        run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
+        yield run
 
 
 def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:

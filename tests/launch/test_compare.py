@@ -1,6 +1,7 @@
 """compare: what it measures and in which order, goes on after a stop, and says in words."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from launch.compare import run_comparison
 from launch.compare_findings import _crossing, _loss_at
 from launch.compare_report import write_comparison
 from trainer.comparison import load_comparison
+from trainer.config import Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +87,22 @@ def gang(monkeypatch) -> FakeGang:
     return fake
 
 
+def _train(config: Config) -> bool:
+    """As a training leaves its folder: attention wants a rate of 1e-3, the others of 4e-3."""
+    run, rate = Path(config.run.dir), config.optim.learning_rate
+    run.mkdir(parents=True)
+    best = 1e-3 if config.model.mixer == "attention" else 4e-3
+    loss = 2.0 + abs(math.log2(rate / best)) + config.run.seed / 100
+    steps = [{"step": n, "tokens": 64 * n, "step_seconds": 1, "loss": loss + 1 / n} for n in (1, 2)]
+    evaluations = [{"step": n, "loss": loss + 1 - n / 2} for n in (1, 2)]
+    for name, lines in (("metrics", steps), ("evaluations", evaluations)):
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    final = {"step": config.train.steps, "loss": loss, "accuracy": 0.5, "baselines": {}}
+    final |= {"by_distance": [], "by_position": [[0, 16, loss + 0.1]]}
+    (run / "evaluation.json").write_text(json.dumps(final))
+    return True
+
+
 def _run(path: Path, *overrides: str, stop_after: float = float("inf")) -> dict[str, Any] | None:
     """A comparison without its trainings, asked to stop after so many cells."""
     comparison = load_comparison(path, ["compare.tasks={}", *overrides])
@@ -134,6 +152,36 @@ def test_report_has_every_figure_and_says_where_lines_cross(comparison_file, gan
     assert f"| {flops * 100 / 1e9:,.0f} |" in page
 
 
+def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_file, gang, tmp_path):
+    overrides = ["compare.learning_rates=[1e-3,2e-3,4e-3]", "compare.seeds=[1,2,5]"]
+    overrides += ["compare.lengths=[64]", "compare.published={text: {attention: 1.5, mamba: 1.25}}"]
+    comparison = load_comparison(comparison_file, overrides)
+    trained: list[tuple[Any, int, float]] = []
+
+    def train(config: Config) -> bool:
+        trained.append((config.model.mixer, config.run.seed, config.optim.learning_rate))
+        return _train(config)
+
+    assert run_comparison(comparison, lambda _: None, train, lambda: len(trained) == 5) is None
+    results = run_comparison(comparison, lambda _: None, train, lambda: False)
+    assert results
+    assert len(trained) == len(set(map(str, trained))) == 3 * 3 * 3  # none twice, though stopped
+    mixers = ["attention", "mingru", ["mingru", "window"]]
+    assert trained[:4] == [*((m, 1, 1e-3) for m in mixers), ("attention", 1, 2e-3)]
+    write_comparison(tmp_path / "out", results)
+    page = (tmp_path / "out" / "report.md").read_text()
+    best = "2.0200 (2.0100 to 2.0500)"
+    assert f"| held-out loss, nats per token | {best} | {best} | {best} |" in page
+    assert "| published | 1.500 |  |  |\n" in page
+    assert "Published besides: mamba 1.25." in page
+    assert "| learning rate | 0.001 | 0.004 | 0.004 |" in page
+    assert "| 0.001 | 2.0200 (2.0100 to 2.0500) | 4.0200 (4.0100 to 4.0500) |" in page
+    assert "| 0 to 15 | 2.1200 | 2.1200 | 2.1200 |" in page  # of the seed in the middle
+    assert "text: attention did best at the lowest learning rate tried, 0.001: a lower one" in page
+    assert "text: mingru did best at the highest learning rate tried, 0.004: a higher one" in page
+    assert "learning rates 0.001, 0.002, 0.004, of which each mixer's best counts" in page
+
+
 def test_crossing_is_told_as_it_is():
     def said(*ratios):
         return _crossing("x", "trains faster than", "its speed", list(ratios))
@@ -144,6 +192,9 @@ def test_crossing_is_told_as_it_is():
     assert "cross at about 200 and 800" in said((100, 2.0), (400, 0.5), (1600, 2.0))
     assert "at no length measured" in said((100, 0.5), (400, 0.9))
     assert "measured together at no length" in said()
+    assert "attention at every length measured: 1.50 times its speed at 100 tokens." in said(
+        (100, 1.5)
+    )
     less = _crossing("x", "trains in less memory than", "its memory", [(1, 2.0), (2, 4.0)])
     assert "0.50 times its memory at 1 tokens, 0.25 times at 2" in less
 
@@ -180,7 +231,7 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     training = [cell for cell in results["cells"] if cell["what"] == "training"]
     assert all(cell["exchange_bytes"] > 0 for cell in training)
-    curve = results["tasks"]["text"]["mingru+window"]
+    (curve,) = results["tasks"]["text"]["mingru+window"]
     assert [point["tokens"] for point in curve["held_out"]] == [256, 512]
     assert curve["tokens"] == [128, 256, 384, 512]
     page = (tmp_path / "out" / "report.md").read_text()

@@ -18,7 +18,8 @@ def test_faults_of_the_section_are_told_together(tmp_path):
     said = _faults(
         tmp_path,
         "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3,\n"
-        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1]}}\n"
+        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3]},\n"
+        "  learning_rates: [0.1, 0], seeds: [-1], published: {txt: {mamba: 1.5}}}\n"
         "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",
     )
     for part in (
@@ -32,6 +33,10 @@ def test_faults_of_the_section_are_told_together(tmp_path):
         "parallel.sp: 0 is not positive",
         "evaluate.every: 0 evaluations on the way",
         "compare.tasks: text sets model.dropout=0.1, which is the comparison's own",
+        "compare.tasks: text sets run.seed=3, which is the comparison's own",
+        "compare.learning_rates: 0.0 is not positive",
+        "compare.seeds: -1 is negative",
+        "compare.published: 'txt' is not one of the tasks text",
     ):
         assert part in said
 
