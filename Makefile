@@ -25,7 +25,7 @@ compare: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch compare configs/compare_cpu.yaml
 
-# The same mixers on selective copying and on a needle at several distances: about 12 minutes.
+# The same mixers on selective copying and on a needle at several distances: about 40 minutes.
 recall: setup
 	$(RUN) -m data_prep.synthetic copy --out data/copy --length 128 --tokens 8 --train 100000
 	$(RUN) -m data_prep.synthetic needle --out data/needle --length 256 --tokens 2 \
