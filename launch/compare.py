@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -236,10 +235,14 @@ def _has_result(config: Config) -> bool:
 
 
 def _curve(config: Config) -> dict[str, Any]:
-    """A finished training: the loss over tokens and over the time that its steps took."""
+    """A finished training: the loss over tokens, and over time at the pace of its median step.
+
+    The pace, and not the sum, because trainings are hours apart on machines that others use too.
+    """
     folder = Path(config.run.dir)
     metrics = read_lines(folder / "metrics.jsonl")
-    seconds = list(accumulate(line["step_seconds"] for line in metrics))
+    pace = median(line["step_seconds"] for line in metrics)
+    seconds = [pace * line["step"] for line in metrics]
     at = {line["step"]: (line["tokens"], t) for line, t in zip(metrics, seconds, strict=True)}
     return {
         "learning_rate": config.optim.learning_rate,

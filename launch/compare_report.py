@@ -45,7 +45,6 @@ def write_comparison(folder: Path, results: Results) -> str:
         "## The models",
         "",
         *_model_table(results),
-        "",
         "## Training",
         "",
         "Tokens per second of all workers: median of the repetitions, and their spread.",
@@ -143,7 +142,7 @@ def _circumstances(results: Results) -> list[str]:
         f"- trainings: seed {seeds}; {rates}; weight decay {config['optim']['weight_decay']:g} on "
         f"matrices, but not on those that make gates and candidates of a recurrence; recurrences "
         f"have a convolution of {config['model']['conv_width']} tokens before them, attention and "
-        f"window have none",
+        f"window have none; seconds are steps at the pace of a training's median step",
     ]
 
 

@@ -93,8 +93,11 @@ def _train(config: Config) -> bool:
     run.mkdir(parents=True)
     best = 1e-3 if config.model.mixer == "attention" else 4e-3
     loss = 2.0 + abs(math.log2(rate / best)) + config.run.seed / 100
-    steps = [{"step": n, "tokens": 64 * n, "step_seconds": 1, "loss": loss + 1 / n} for n in (1, 2)]
-    evaluations = [{"step": n, "loss": loss + 1 - n / 2} for n in (1, 2)]
+    steps = [
+        {"step": n, "tokens": 64 * n, "step_seconds": seconds, "loss": loss + 1 / n}
+        for n, seconds in ((1, 9), (2, 1), (3, 2), (4, 1))
+    ]
+    evaluations = [{"step": n, "loss": loss + 1 - n / 4} for n in (2, 4)]
     for name, lines in (("metrics", steps), ("evaluations", evaluations)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     final = {"step": config.train.steps, "loss": loss, "accuracy": 0.5, "baselines": {}}
@@ -177,6 +180,7 @@ def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_fil
     assert "| learning rate | 0.001 | 0.004 | 0.004 |" in page
     assert "| 0.001 | 2.0200 (2.0100 to 2.0500) | 4.0200 (4.0100 to 4.0500) |" in page
     assert "| 0 to 15 | 2.1200 | 2.1200 | 2.1200 |" in page  # of the seed in the middle
+    assert results["tasks"]["text"]["mingru"][0]["seconds"] == [1.5, 3, 4.5, 6]  # the median's pace
     assert "text: attention did best at the lowest learning rate tried, 0.001: a lower one" in page
     assert "text: mingru did best at the highest learning rate tried, 0.004: a higher one" in page
     assert "learning rates 0.001, 0.002, 0.004, of which each mixer's best counts" in page
