@@ -59,13 +59,17 @@ def run_comparison(
         visits = list(_visits(comparison))
         records: list[Record] = []
         limits: dict[tuple[str, str], Record] = {}  # where a mixer first met a limit
+        reached: dict[tuple[str, str], int] = {}  # the longest that a mixer has managed
         for visit in visits:
-            key = _key(visit, comparison, hardware)
-            if key not in store.records:
+            key, mixer = _key(visit, comparison, hardware), (visit.what, visit.label)
+            known = store.records.get(key)
+            # a limit where as much was managed before is bad luck: it is measured again
+            unlucky = known and "failed" in known and visit.length <= reached.get(mixer, 0)
+            if known is None or unlucky:
                 if should_stop():
                     return None
                 started = time.perf_counter()
-                limit = limits.get((visit.what, visit.label))
+                limit = limits.get(mixer)
                 if limit and limit["length"] <= visit.length:  # an easier one did not work
                     failed = {"failed": limit["failed"], "failed_at": limit["length"]}
                     store.add(key, {**_named(visit), **failed})
@@ -76,12 +80,12 @@ def run_comparison(
                     f"{visit.what} {visit.label} at {visit.length:,}: "
                     f"{_shown(store.records[key], visit)} ({time.perf_counter() - started:.0f} s)"
                 )
-            records.append(store.records[key])
-            met = limits.get((visit.what, visit.label))
-            if _is_limit(records[-1].get("failed", "")) and (
-                met is None or visit.length < met["length"]
-            ):
-                limits[visit.what, visit.label] = records[-1]
+            record = store.records[key]
+            records.append(record)
+            if "failed" not in record:
+                reached[mixer] = max(visit.length, reached.get(mixer, 0))
+            elif _is_limit(record["failed"]) and visit.length > reached.get(mixer, 0):
+                limits[mixer] = min(record, limits.get(mixer, record), key=lambda r: r["length"])
     lost: dict[str, dict[str, str]] = {task: {} for task in comparison.tasks}
     for task, label, config in _trainings(comparison):
         if _has_result(config):

@@ -137,6 +137,29 @@ def test_stopped_and_run_again_measures_the_rest_only(comparison_file, gang):
     assert len(gang.calls) == 68 + 6
 
 
+def test_an_accident_costs_its_own_cell_only_and_is_measured_again(comparison_file, gang):
+    """Out of time at 64 after 256 had worked: no limit of the mixer."""
+    measure, accidents = gang.measure, ["out of time"]
+
+    def unlucky(what, config, *rest):
+        second = sum(call == (what, "mingru", 64) for call in gang.calls) == 1
+        if second and config.model.mixer == "mingru" and config.train.seq_len == 64 and accidents:
+            gang.calls.append((what, "mingru", 64))
+            return [{"failed": accidents.pop()}]
+        return measure(what, config, *rest)
+
+    gang.measure = unlucky
+    results = _run(comparison_file)
+    assert results
+    failed = [cell for cell in results["cells"] if cell["mixer"] == "mingru" and "failed" in cell]
+    assert [(cell["length"], cell["repetition"]) for cell in failed] == [(64, 1)]
+    calls = len(gang.calls)
+    again = _run(comparison_file)
+    assert again
+    assert len(gang.calls) == calls + 1
+    assert not any("failed" in cell for cell in again["cells"] if cell["mixer"] == "mingru")
+
+
 def test_report_has_every_figure_and_says_where_lines_cross(comparison_file, gang, tmp_path):
     results = _run(comparison_file)
     assert results
