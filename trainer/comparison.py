@@ -75,7 +75,7 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     }
     tasks = {
         name: {
-            label: list(_trainings(path, [*overrides, *task], settings, name, label, model))
+            label: list(_trainings(path, [*task, *overrides], settings, name, label, model))
             for label, model in models.items()
         }
         for name, task in settings.tasks.items()

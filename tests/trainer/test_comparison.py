@@ -67,3 +67,13 @@ def test_heads_that_ranks_do_not_divide_are_refused(tmp_path):
         "parallel: {sp: 3}\nlaunch: {workers: 3}\n",
     )
     assert "model.heads: 2 heads of attention cannot be dealt to parallel.sp 3 ranks" in said
+
+
+def test_command_line_overrides_what_a_task_sets(tmp_path, dataset):
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        f"compare: {{lengths: [64], tasks: {{text: [train.steps=9, train.seq_len=64]}}}}\n"
+        f"data: {{path: {dataset}}}\nevaluate: {{every: 1}}\n"
+    )
+    (run,) = load_comparison(path, ["train.steps=3"]).tasks["text"]["mingru"]
+    assert (run.train.steps, run.train.seq_len) == (3, 64)
