@@ -43,28 +43,30 @@ class SyntheticSettings:
 def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
     """Write DIR, or find it written. Raises ValueError for what cannot be made."""
     _check(settings)
-    fingerprint = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()
-    if out.exists():
-        return existing_dataset(out, fingerprint)
     alphabet = settings.alphabet
     # copy: 0 is blank; needle: 0 .. alphabet - 1 surround it
     surround = 1 if settings.task == "copy" else alphabet
     # surroundings, data, two markers, answers
     scored_from = surround + alphabet + 2
+    task = SyntheticInfo(
+        task=settings.task,
+        sequence_tokens=settings.length,
+        scored_from=scored_from,
+        scored_tokens=settings.tokens,
+        distances=list(settings.distances),
+        hidden_as=scored_from - 1 if settings.task == "copy" else None,  # the marker
+    )
+    described = json.dumps([asdict(settings), asdict(task)])
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    if out.exists():
+        return existing_dataset(out, fingerprint)
     info = DatasetInfo(
         tokenizer="bytes",
         vocab_size=scored_from + alphabet,
         block_size=min(settings.length, 4096),
         dtype="uint8",
         fingerprint=fingerprint,
-        synthetic=SyntheticInfo(
-            task=settings.task,
-            sequence_tokens=settings.length,
-            scored_from=scored_from,
-            scored_tokens=settings.tokens,
-            distances=list(settings.distances),
-            hidden_as=scored_from - 1 if settings.task == "copy" else None,  # the marker
-        ),
+        synthetic=task,
     )
     partial = out.with_name(out.name + ".partial")
     (partial / "parts").mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import load_info
 from models.config import ModelConfig
 from trainer.config import Config, data_faults, value_faults
 from trainer.settings import ConfigError, merge
@@ -220,12 +221,20 @@ def _trainings(
     for seed, rate in product(settings.seeds or [config.run.seed], rates):
         run = _run_of(config, model)
         run.run.seed, run.optim.learning_rate = seed, rate
-        # A run of other settings is another run: it neither resumes this one nor passes for it.
-        described = asdict(run)
+        # A run of other settings or data is another: it neither resumes this one nor passes for it.
+        described = {**asdict(run), "fingerprint": _fingerprint(run)}
         del described["run"]["dir"], described["checkpoint"]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
         yield run
+
+
+def _fingerprint(run: Config) -> str | None:
+    """Of the data, where it lies on this machine; that it does not is told as a fault elsewhere."""
+    try:
+        return load_info(run.data.path).fingerprint
+    except ValueError:
+        return None
 
 
 def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:

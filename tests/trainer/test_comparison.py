@@ -1,7 +1,10 @@
 """A comparison's file: every fault at once, and named."""
 
+import shutil
+
 import pytest
 
+from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from trainer.comparison import load_comparison
 from trainer.settings import ConfigError
 
@@ -77,3 +80,19 @@ def test_command_line_overrides_what_a_task_sets(tmp_path, dataset):
     )
     (run,) = load_comparison(path, ["train.steps=3"]).tasks["text"]["mingru"]
     assert (run.train.steps, run.train.seq_len) == (3, 64)
+
+
+def test_a_training_on_other_data_is_another(tmp_path):
+    """Data made anew at the same place: what was trained on the old does not pass for it."""
+    path, data = tmp_path / "compare.yaml", tmp_path / "data"
+    path.write_text(
+        f"compare: {{lengths: [64], tasks: {{copy: [train.seq_len=64]}}}}\n"
+        f"data: {{path: {data}}}\nevaluate: {{every: 1}}\n"
+    )
+    folders = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(data, ignore_errors=True)
+        prepare_synthetic(SyntheticSettings("copy", 64, train=4, held_out=2, seed=seed), data)
+        (run,) = load_comparison(path, []).tasks["copy"]["mingru"]
+        folders.append(run.run.dir)
+    assert folders[0] == folders[1] != folders[2]
