@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, blocks run twice, exchanges once."""
+"""Activation checkpointing: the same gradients, blocks run twice, small exchanges once."""
 
 from collections import Counter
 from typing import Any
@@ -36,7 +36,8 @@ def _one_step(mixer: str, recompute: bool) -> tuple[list[Tensor], Counter[str], 
     """Gradients, operator calls and bytes sent by forward and backward of a sharded model."""
     torch.manual_seed(0)
     topology = Topology(sp_size=2)
-    model = LanguageModel(ModelConfig(vocab_size=11, width=8, layers=3, mixer=mixer, window=5))
+    config = ModelConfig(vocab_size=11, width=8, layers=3, mixer=mixer, window=5, kv_heads=1)
+    model = LanguageModel(config)
     parallelize(model, topology)
     if recompute:
         recompute_blocks(model)
@@ -68,6 +69,23 @@ def _check(mixer: str) -> None:
 @pytest.mark.parametrize("mixer", ["mingru", "minlstm", "window"])
 def test_exchanges_run_once(mixer):
     run_distributed(_check, 2, mixer)
+
+
+def _check_attention() -> None:
+    plain, once, sent = _one_step("attention", recompute=False)
+    again, twice, sent_again = _one_step("attention", recompute=True)
+    for got, want in zip(again, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    layers, name = 3, "longhaul::all_to_all"
+    assert once[name] == 4 * layers  # heads to ranks and back, both ways
+    assert twice[name] == 6 * layers
+    # half of: 2 sequences of 16 tokens, 4 heads there and back, 2 copies of a head of k and of v
+    assert sent_again - sent == layers * 2 * 16 * (4 + 4 + 2 + 2) * 2 * 4 // 2
+
+
+def test_what_attention_exchanges_is_exchanged_again():
+    """It is as large as what is not to be kept; the gradients are the same."""
+    run_distributed(_check_attention, 2)
 
 
 def _train_each(config_file, stage: int) -> dict:
