@@ -110,5 +110,8 @@ def test_shipped_configurations_are_valid(dataset):
             comparison = load_comparison(path, ["compare.tasks={}"])
             assert comparison.settings.tasks == {}
             assert {"attention", "mingru", "minlstm"} <= set(comparison.models)
+            with pytest.raises(ConfigError) as caught:  # of its trainings only the data is missing
+                load_comparison(path, [f"data.path={dataset}/none"])
+            assert all("holds no dataset.json" in fault for fault in caught.value.faults)
         else:
             load_config(path, ["train.seq_len=192", f"data.path={dataset}"])
