@@ -64,4 +64,9 @@ def _line(event: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: a library's thread that still runs when the interpreter tears itself down has
+    # aborted a worker ("terminate called without an active exception") whose run was on disk.
+    os._exit(status)

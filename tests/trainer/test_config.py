@@ -103,7 +103,7 @@ def test_broken_files_are_told(tmp_path, text):
         load_config(path, ["data.path=nowhere"])
 
 
-def test_shipped_configurations_are_valid(dataset):
+def test_shipped_configurations_are_valid(dataset, tmp_path):
     """On the tests' data; comparisons without their trainings, whose data they name themselves."""
     for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
         if path.name.startswith("compare"):
@@ -114,4 +114,7 @@ def test_shipped_configurations_are_valid(dataset):
                 load_comparison(path, [f"data.path={dataset}/none"])
             assert all("holds no dataset.json" in fault for fault in caught.value.faults)
         else:
-            load_config(path, ["train.seq_len=192", f"data.path={dataset}"])
+            changes = ["train.seq_len=192", f"data.path={dataset}"]
+            load_config(
+                path, [*changes, f"run.dir={tmp_path / path.stem}"]
+            )  # not a run of the user's
