@@ -11,9 +11,7 @@ tokens; a sample of the MDS files is a block. The last block is padded with zero
 So data written once trains at any sequence length, and a reader touches only the blocks it needs.
 """
 
-import hashlib
 import json
-import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,18 +119,3 @@ def file_faults(folder: str | Path, split: str) -> list[str]:
 def block_checksum(tokens: bytes, starts: bytes) -> int:
     """crc32 over a block's tokens and document starts."""
     return zlib.crc32(starts, zlib.crc32(tokens))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.schema import SPLITS, block_checksum, file_faults, file_sha256, load_info
+from data_prep.files import file_sha256
+from data_prep.schema import SPLITS, block_checksum, file_faults, load_info
 
 
 def verify(folder: Path, progress: bool = True) -> list[str]:

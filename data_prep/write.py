@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_prep.files import file_sha256, sync_to_disk, written_whole
 from data_prep.schema import (
     INFO_NAME,
     SPLITS,
@@ -30,9 +31,7 @@ from data_prep.schema import (
     DatasetInfo,
     SplitInfo,
     block_checksum,
-    file_sha256,
     load_info,
-    sync_to_disk,
 )
 from data_prep.sources import Piece, plan, read
 from data_prep.tokenizer import load_tokenizer
@@ -243,12 +242,8 @@ def write_part(
         arrays[f"{split}.text_bytes"] = np.array(
             len(tokens) if text_bytes is None else text_bytes[split]
         )
-    partial = part.with_suffix(".tmp")
-    with partial.open("wb") as f:
+    with written_whole(part) as f:
         np.savez(f, **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.rename(part)
 
 
 def _pack(

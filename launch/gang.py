@@ -12,12 +12,19 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config import Config
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray inside `ray job submit`
-Place = tuple[str, str, int]  # node, address, a free port on it
+
+
+class Place(NamedTuple):
+    """Where a worker is."""
+
+    node: str
+    address: str
+    port: int  # a free one
 
 
 class LaunchError(RuntimeError):
@@ -97,7 +104,7 @@ def gang(config: Config, kind: type, **options: Any) -> Iterator[tuple[list[Any]
             workers.append(actor.remote())
         places = ray.get([worker.place.remote() for worker in workers])
         # Neighbours in rank share a machine where they can: SP is innermost.
-        order = sorted(range(len(workers)), key=lambda i: (places[i][0], i))
+        order = sorted(range(len(workers)), key=lambda i: (places[i].node, i))
         yield [workers[i] for i in order], [places[i] for i in order]
     finally:
         for worker in workers:
@@ -106,12 +113,12 @@ def gang(config: Config, kind: type, **options: Any) -> Iterator[tuple[list[Any]
 
 
 def environments(places: list[Place], cpus: float) -> list[dict[str, str]]:
-    """What torch.distributed reads, per rank, from each worker's (node, address, free port)."""
-    nodes = [node for node, _, _ in places]
+    """What torch.distributed reads, per rank."""
+    nodes = [place.node for place in places]
     return [
         {
-            "MASTER_ADDR": places[0][1],
-            "MASTER_PORT": str(places[0][2]),
+            "MASTER_ADDR": places[0].address,
+            "MASTER_PORT": str(places[0].port),
             "RANK": str(rank),
             "WORLD_SIZE": str(len(nodes)),
             "LOCAL_RANK": str(nodes[:rank].count(node)),
@@ -131,4 +138,5 @@ class Placed:
         with socket.socket() as s:
             s.bind(("", 0))
             port = s.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, ray.util.get_node_ip_address(), port)

@@ -1,6 +1,7 @@
 """Lines on log axes, labelled, readable in print: for reports and benchmarks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,20 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 MARKERS = "osD^vPX*"
 
 
-def plot_lines(
-    path: Path,
-    series: Series,
-    *,
-    title: str,
-    x: str,
-    y: str,
-    lengths: bool = False,
-    reference: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Axes:
+    """What stands around the lines. With `lengths` the ticks of x are the points, in K and M."""
+
+    title: str
+    x: str
+    y: str
+    lengths: bool = False
+
+
+def plot_lines(path: Path, series: Series, axes: Axes, reference: str | None = None) -> None:
     """One line per series of (x, y) points, told apart by marker as well as colour.
 
-    `reference` is drawn dashed and without markers. With `lengths` the ticks of x are the
-    points themselves, in K and M.
+    `reference` is drawn dashed and without markers.
     """
     import matplotlib
 
@@ -30,25 +31,25 @@ def plot_lines(
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, plot = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for marker, (name, points) in zip(MARKERS * 3, series.items(), strict=False):
         style: dict[str, Any] = {"marker": marker}
         if name == reference:
             style = {"linestyle": "--", "color": "black"}
-        axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
-    for axis in (axes.xaxis, axes.yaxis):
+        plot.plot(*zip(*points, strict=True), label=name, **style)
+    plot.set(xscale="log", yscale="log", xlabel=axes.x, ylabel=axes.y, title=axes.title)
+    for axis in (plot.xaxis, plot.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.set_minor_formatter(NullFormatter())
     heights = [height for points in series.values() for _, height in points]
     if heights and max(heights) < 2 * min(heights):  # too close for ticks at 1, 2 and 5
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-    if lengths:
+        plot.yaxis.set_major_locator(MaxNLocator(6))
+    if axes.lengths:
         places = sorted({place for points in series.values() for place, _ in points})
-        axes.set_xticks(places, [_short(place) for place in places])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        plot.set_xticks(places, [_short(place) for place in places])
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

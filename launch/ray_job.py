@@ -1,6 +1,5 @@
 """A training on Ray: a gang of workers that run the trainer and may be restarted."""
 
-import json
 import os
 import time
 import traceback
@@ -11,8 +10,7 @@ from typing import Any
 
 from launch.gang import LaunchError, Placed, connect, environments, gang
 from trainer.config import Config
-
-Event = dict[str, Any]
+from trainer.events import Ended, Event, Warned
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,9 @@ def run_job(
             failures += 1
             if failures > config.launch.max_failures:
                 raise LaunchError(f"{shown} (restart {failures - 1} was the last allowed)")
-            on_event(
-                {
-                    "event": "warning",
-                    "message": f"{shown}: starting all workers again from the last checkpoint "
-                    f"({failures} of {config.launch.max_failures})",
-                }
-            )
+            count = f"{failures} of {config.launch.max_failures}"
+            again = f"starting all workers again from the last checkpoint ({count})"
+            on_event(Warned(f"{shown}: {again}"))
     finally:
         ray.shutdown()
 
@@ -155,10 +149,10 @@ def _follow(
             if outcome.kind != "done":
                 failed_at = failed_at or time.monotonic()
         for event in events:
-            finished |= event["event"] == "end" and event["step"] == event["steps"]
+            finished |= isinstance(event, Ended) and event.step == event.steps
             on_event(event)
     for event in ray.get(board.take.remote(False)):
-        finished |= event["event"] == "end" and event["step"] == event["steps"]
+        finished |= isinstance(event, Ended) and event.step == event.steps
         on_event(event)
     return outcomes, finished
 
@@ -209,7 +203,7 @@ class _Worker(Placed):
             # The answer to the last event is taken, so that a step never waits for the board.
             nonlocal answer
             stop = bool(ray.get(answer)) if answer is not None else False
-            answer = board.put.remote(json.loads(json.dumps(event)))
+            answer = board.put.remote(event)
             return stop
 
         try:

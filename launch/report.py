@@ -1,186 +1,174 @@
 """A run's folder as a page for people: report.md, loss.png, samples.txt."""
 
-import json
 import statistics
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from launch.page import table
 from trainer.config import Config, load_dumped
-from trainer.metrics import read_lines
+from trainer.run_folder import Line, RunFolder, read_lines
 
 PROMPT_TOKENS = 256
 SAMPLE_TOKENS = 512
 
 
-def write_report(run: Path) -> str:
+@dataclass(frozen=True)
+class _Record:
+    """What a run has left in its folder."""
+
+    folder: RunFolder
+    config: Config
+    metrics: list[Line]
+    evaluations: list[Line]
+    result: Line | None  # the final evaluation, if the last step has one
+    sample: tuple[str, str]  # the start of a text, and what the model makes of it
+
+
+def write_report(folder: RunFolder) -> str:
     """Write the report of a run, and return what the driver prints at the end.
 
     Raises ValueError where the folder holds no run.
     """
-    config = load_dumped(run / "config.yaml")
-    metrics = read_lines(run / "metrics.jsonl")
-    evaluations = _lines(run / "evaluations.jsonl")
-    result = _result(run, metrics[-1]["step"])
-    sample = _sample(run, config)
-    (run / "samples.txt").write_text(f"{sample[0]}\n>>> continued by the model:\n{sample[1]}\n")
-    _plot(run / "loss.png", metrics, evaluations, result)
-    summary = _summary(config, metrics, result)
-    (run / "report.md").write_text(_page(run, config, metrics, result, sample))
-    commands = "\n".join(f"  {command}" for command in _commands(run))
+    config, metrics = load_dumped(folder.config), read_lines(folder.metrics)
+    run = _Record(
+        folder,
+        config,
+        metrics,
+        read_lines(folder.evaluations),
+        folder.read_result(metrics[-1]["step"]),
+        _sample(folder, config),
+    )
+    prompt, continuation = run.sample
+    folder.samples.write_text(f"{prompt}\n>>> continued by the model:\n{continuation}\n")
+    _plot(run)
+    folder.report.write_text("\n".join([*_page(run), ""]))
+    commands = "\n".join(f"  {command}" for command in _commands(folder))
     return (
-        f"{summary}\n\nSampled continuation ({run / 'samples.txt'} has it all):\n"
-        f"{_indent(sample[1][:400])}\n\nReport and curve: {run / 'report.md'}, {run / 'loss.png'}\n"
+        f"{_summary(run)}\n\nSampled continuation ({folder.samples} has it all):\n"
+        f"{_indent(continuation[:400])}\n\nReport and curve: {folder.report}, {folder.curve}\n"
         f"Go on with:\n{commands}"
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return read_lines(path) if path.exists() else []
-
-
-def _result(run: Path, step: int) -> dict[str, Any] | None:
-    """The final evaluation, if it is of this step."""
-    path = run / "evaluation.json"
-    result = json.loads(path.read_text()) if path.exists() else None
-    return result if result and result["step"] == step else None
-
-
-def _commands(run: Path) -> list[str]:
+def _commands(run: RunFolder) -> list[str]:
     return [
-        f"tensorboard --logdir {run / 'tensorboard'}",
-        f"python -m launch train {run / 'config.yaml'} train.steps=N    # resume, and train longer",
-        f'python -m launch generate {run} --prompt "import os"',
+        f"tensorboard --logdir {run.tensorboard}",
+        f"python -m launch train {run.config} train.steps=N    # resume, and train longer",
+        f'python -m launch generate {run.path} --prompt "import os"',
     ]
 
 
-def _summary(config: Config, metrics: list[dict[str, Any]], result: dict[str, Any] | None) -> str:
-    speed = statistics.median(m["tokens_per_second"] for m in metrics)
+def _summary(run: _Record) -> str:
+    config = run.config
+    speed = statistics.median(m["tokens_per_second"] for m in run.metrics)
     lines = [
-        f"{metrics[-1]['step']} steps of {config.train.batch_size} x {config.train.seq_len:,} "
+        f"{run.metrics[-1]['step']} steps of {config.train.batch_size} x {config.train.seq_len:,} "
         f"tokens on {config.launch.workers} workers (sp={config.parallel.sp}), "
         f"median {speed:,.0f} tokens/s"
     ]
-    if result:
-        lines.append(f"\nHeld-out loss on {result['tokens']:,} tokens:")
+    if run.result:
+        lines.append(f"\nHeld-out loss on {run.result['tokens']:,} tokens:")
         lines += [
             f"  {name:<8} {row['loss']:.4f} nats   {row['bits_per_byte']:.4f} bits per byte"
-            for name, row in _rows(config, result)
+            for name, row in _models(run)
         ]
     return "\n".join(lines)
 
 
-def _rows(config: Config, result: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    name = config.model.mixer if isinstance(config.model.mixer, str) else "model"
-    return [*result["baselines"].items(), (name, result)]
+def _models(run: _Record) -> list[tuple[str, Line]]:
+    """The n-gram models and ours, each with its losses."""
+    assert run.result
+    name = run.config.model.mixer if isinstance(run.config.model.mixer, str) else "model"
+    return [*run.result["baselines"].items(), (name, run.result)]
 
 
-def _page(
-    run: Path,
-    config: Config,
-    metrics: list[dict[str, Any]],
-    result: dict[str, Any] | None,
-    sample: tuple[str, str],
-) -> str:
-    tail = metrics[-min(50, len(metrics)) :]
-    step_seconds = statistics.median(m["step_seconds"] for m in tail)
-    exchange = statistics.median(m["exchange_seconds"] for m in tail)
-    tokens_per_second = config.train.batch_size * config.train.seq_len / step_seconds
-    memory = max(m["peak_memory_bytes"] for m in metrics)
-    page = [
-        f"# {run.name}",
+def _page(run: _Record) -> Iterator[str]:
+    config, metrics = run.config, run.metrics
+    yield from (
+        f"# {run.folder.path.name}",
         "",
         f"{config.model.layers} layers of {config.model.mixer}, width {config.model.width}, on "
         f"{config.data.path}. {config.launch.workers} workers, dp={config.dp}, "
         f"sp={config.parallel.sp}, ZeRO stage {config.deepspeed.zero_stage}, "
         f"{config.train.dtype}. The full configuration is `config.yaml`.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| steps | {metrics[-1]['step']} |",
-        f"| tokens per step | {config.train.batch_size * config.train.seq_len:,} |",
-        f"| tokens seen | {metrics[-1]['tokens']:,} |",
-        f"| step time, median of the last {len(tail)} | {step_seconds:.3f} s |",
-        f"| of it in the exchange, waiting included | {exchange:.3f} s |",
-        f"| tokens per second | {tokens_per_second:,.0f} |",
-        f"| peak memory of a worker | {memory / 2**30:.2f} GiB |",
-        f"| last training loss | {metrics[-1]['loss']:.4f} nats |",
+        *table("", ("",), _figures(config, metrics)),
+        f"![loss]({run.folder.curve.name})",
         "",
-        "![loss](loss.png)",
-        "",
-    ]
-    if result:
-        page += [
+    )
+    if run.result:
+        yield from (
             "## Held-out loss",
             "",
-            f"On {result['tokens']:,} tokens of documents that were not trained on; the n-gram "
+            f"On {run.result['tokens']:,} tokens of documents that were not trained on; the n-gram "
             f"models are counted on the training split and measured on the same tokens.",
             "",
-            "| model | nats per token | bits per byte |",
-            "|---|---|---|",
-            *(
-                f"| {name} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |"
-                for name, row in _rows(config, result)
+            *table(
+                "model",
+                ("nats per token", "bits per byte"),
+                [
+                    (name, (f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}"))
+                    for name, row in _models(run)
+                ],
             ),
-            "",
-            "| position in the sequence | nats per token |",
-            "|---|---|",
-            *(
-                f"| {start:,} to {stop - 1:,} | {loss:.4f} |"
-                for start, stop, loss in result["by_position"]
+            *table(
+                "position in the sequence",
+                ("nats per token",),
+                [
+                    (f"{start:,} to {stop - 1:,}", (f"{loss:.4f}",))
+                    for start, stop, loss in run.result["by_position"]
+                ],
             ),
-            "",
-        ]
-    page += [
-        "## A sample",
-        "",
-        "```",
-        sample[0][-200:],
-        ">>>",
-        sample[1],
-        "```",
-        "",
-        "## Go on",
-        "",
-    ]
-    return "\n".join([*page, *(f"    {command}" for command in _commands(run)), ""])
+        )
+    prompt, continuation = run.sample
+    yield from ("## A sample", "", "```", prompt[-200:], ">>>", continuation, "```", "")
+    yield from ("## Go on", "", *(f"    {command}" for command in _commands(run.folder)))
 
 
-def _sample(run: Path, config: Config) -> tuple[str, str]:
+def _figures(config: Config, metrics: list[Line]) -> Iterator[tuple[str, tuple[str]]]:
+    tail = metrics[-min(50, len(metrics)) :]
+    step_seconds = statistics.median(m["step_seconds"] for m in tail)
+    exchange = statistics.median(m["exchange_seconds"] for m in tail)
+    tokens = config.train.batch_size * config.train.seq_len
+    memory = max(m["peak_memory_bytes"] for m in metrics)
+    yield "steps", (f"{metrics[-1]['step']}",)
+    yield "tokens per step", (f"{tokens:,}",)
+    yield "tokens seen", (f"{metrics[-1]['tokens']:,}",)
+    yield f"step time, median of the last {len(tail)}", (f"{step_seconds:.3f} s",)
+    yield "of it in the exchange, waiting included", (f"{exchange:.3f} s",)
+    yield "tokens per second", (f"{tokens / step_seconds:,.0f}",)
+    yield "peak memory of a worker", (f"{memory / 2**30:.2f} GiB",)
+    yield "last training loss", (f"{metrics[-1]['loss']:.4f} nats",)
+
+
+def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:
     """(prompt, continuation): the start of the held-out text, and what the model makes of it."""
     import torch
 
     from trainer.data import TokenStream
-    from trainer.generate import generate, load_run
+    from trainer.generate import Sampling, generate, load_run
 
-    model, tokenizer, _ = load_run(run, torch.device("cpu"))
+    model, tokenizer, _ = load_run(folder.path, torch.device("cpu"))
     stream = TokenStream(config.data, "held_out" if config.evaluate.sequences else "train")
     prompt = stream.read(0, min(PROMPT_TOKENS, stream.token_count))[0].tolist()
-    tokens = generate(model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=40)
+    tokens = generate(model, prompt, SAMPLE_TOKENS, Sampling(temperature=0.8, top_k=40))
     return tokenizer.decode(prompt), tokenizer.decode(list(tokens))
 
 
-def _plot(
-    path: Path,
-    metrics: list[dict[str, Any]],
-    evaluations: list[dict[str, Any]],
-    result: dict[str, Any] | None,
-) -> None:
+def _plot(run: _Record) -> None:
     """Training and held-out loss over tokens, and the held-out loss by position."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    metrics, evaluations, result = run.metrics, run.evaluations, run.result
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot([m["tokens"] for m in metrics], [m["loss"] for m in metrics], lw=1, label="training")
     per_step = metrics[-1]["tokens"] / metrics[-1]["step"]
     if evaluations:
-        left.plot(
-            [e["step"] * per_step for e in evaluations],
-            [e["loss"] for e in evaluations],
-            "o-",
-            label="held out",
-        )
+        steps = [e["step"] * per_step for e in evaluations]
+        left.plot(steps, [e["loss"] for e in evaluations], "o-", label="held out")
     if result:
         for (name, row), style in zip(result["baselines"].items(), (":", "--"), strict=False):
             left.axhline(row["loss"], color="gray", ls=style, lw=1, label=name)
@@ -192,7 +180,7 @@ def _plot(
     right.set_xscale("symlog", linthresh=16)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(run.folder.curve, dpi=120)
     plt.close(figure)
 
 

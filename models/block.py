@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.mlp: SwiGLU | None = None
         if config.mlp_width:
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-            self.mlp = SwiGLU(config.width, config.mlp_width)
+            self.mlp = SwiGLU(config.width, config.mlp_width, config.residual_scale)
 
     def forward(
         self,

@@ -1,16 +1,17 @@
 """The shape of a language model. Importing this file imports no torch, so a check is instant."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MIXER_NAMES = ("mingru", "minlstm", "attention", "window")
+from models.mixers import MIXERS, Fault
 
 
 @dataclass
 class ModelConfig:
     """A stack of `layers` blocks, each norm -> mixer -> norm -> MLP, on a stream `width` wide."""
 
-    mixer: Any = "mingru"  # a name of MIXER_NAMES, or a list of names that repeats over the layers
+    mixer: Any = "mingru"  # a name of MIXERS, or a list of names that repeats over the layers
     layers: int = 4
     width: int = 128  # D
     vocab_size: int = 256
@@ -44,68 +45,58 @@ class ModelConfig:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def conv_halo(self) -> int:
-        """Tokens before a shard that a convolution must see."""
-        return max(0, self.conv_width - 1)
+    def residual_scale(self) -> float:
+        """What writes to the residual starts so much smaller: its variance then does not grow."""
+        return (2 * self.layers) ** -0.5
 
     @property
     def halo_width(self) -> int:
         """Tokens before a shard that any layer must see by a halo."""
-        widths = {"attention": 0, "window": self.window - 1}
-        return max(widths.get(mixer, self.conv_halo) for mixer in self.layer_mixers())
+        return max(MIXERS[name].halo(self) for name in self.layer_mixers())
 
     def layer_mixers(self) -> list[str]:
         """The mixer's name for every layer, first to last."""
         names = [self.mixer] if isinstance(self.mixer, str) else list(self.mixer)
         return [names[layer % len(names)] for layer in range(self.layers)]
 
-    def faults(self) -> list[tuple[str, str]]:
+    def faults(self) -> list[Fault]:
         """What a user got wrong: (field, what is wrong and what to do) pairs; empty when valid."""
-        found: list[tuple[str, str]] = []
+        faults = list(self._general_faults())
+        if not faults:
+            for name in dict.fromkeys(self.layer_mixers()):
+                faults += MIXERS[name].faults(self)
+        return list(dict.fromkeys(faults))
+
+    def sp_faults(self, sp: int) -> list[Fault]:
+        """What keeps a valid model from being sharded over `sp` ranks."""
+        entries = (MIXERS[name] for name in dict.fromkeys(self.layer_mixers()))
+        return list(
+            dict.fromkeys(fault for entry in entries for fault in entry.sp_faults(self, sp))
+        )
+
+    def _general_faults(self) -> Iterator[Fault]:
         names = [self.mixer] if isinstance(self.mixer, str) else self.mixer
         if not isinstance(names, (list, tuple)) or not names:
-            found.append(("mixer", f"{self.mixer!r} is neither a name nor a list of names"))
+            yield "mixer", f"{self.mixer!r} is neither a name nor a list of names"
         else:
             for name in names:
-                if name not in MIXER_NAMES:
-                    found.append(("mixer", f"{name!r} is not one of {', '.join(MIXER_NAMES)}"))
-            if not isinstance(names, str) and len(names) > max(1, self.layers):
-                found.append(
-                    ("mixer", f"a list of {len(names)} for {self.layers} layers: some would not be")
+                if name not in MIXERS:
+                    yield "mixer", f"{name!r} is not one of {', '.join(MIXERS)}"
+            if len(names) > max(1, self.layers):
+                yield (
+                    "mixer",
+                    f"a list of {len(names)} for {self.layers} layers: some would not be",
                 )
         for field in ("layers", "width", "vocab_size"):
             if getattr(self, field) < 1:
-                found.append((field, f"{getattr(self, field)} is not positive"))
+                yield field, f"{getattr(self, field)} is not positive"
         if self.expansion <= 0:
-            found.append(("expansion", f"{self.expansion} is not positive"))
+            yield "expansion", f"{self.expansion} is not positive"
         if self.conv_width < 0 or self.conv_width == 1:
-            found.append(("conv_width", f"{self.conv_width} is not 0 (off) or at least 2"))
+            yield "conv_width", f"{self.conv_width} is not 0 (off) or at least 2"
         if self.mlp_ratio < 0:
-            found.append(("mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"))
+            yield "mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"
         if not 0 <= self.dropout < 1:
-            found.append(("dropout", f"{self.dropout} is not in [0, 1)"))
+            yield "dropout", f"{self.dropout} is not in [0, 1)"
         if self.memory_tokens < 2:
-            found.append(("memory_tokens", f"{self.memory_tokens} is below 2 tokens"))
-        if not found and {"attention", "window"} & set(self.layer_mixers()):
-            found += self._attention_faults()
-        return found
-
-    def _attention_faults(self) -> list[tuple[str, str]]:
-        if self.heads < 1 or self.width % (2 * self.heads):
-            return [
-                (
-                    "heads",
-                    f"{self.heads} does not cut width {self.width} into heads of an even width: "
-                    f"make width a multiple of twice the heads",
-                )
-            ]
-        found = []
-        if self.shared_kv_heads < 1 or self.heads % self.shared_kv_heads:
-            found.append(
-                ("kv_heads", f"{self.kv_heads} does not divide heads {self.heads}: use a divisor")
-            )
-        if self.rope_base <= 1:
-            found.append(("rope_base", f"{self.rope_base} is not above 1: 10000 is usual"))
-        if self.window < 2:
-            found.append(("window", f"{self.window} is below 2 tokens"))
-        return found
+            yield "memory_tokens", f"{self.memory_tokens} is below 2 tokens"

@@ -1,51 +1,44 @@
-"""Parameters and floating-point operations of a model, from its shape alone."""
+"""Parameters and floating-point operations of a model, from its configuration.
 
+Parameters and matrices are counted on the modules themselves, built without memory behind them;
+what moves along the sequence is declared with each mixer (models/mixers).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from models.block import Block
 from models.config import ModelConfig
-from models.scan import RECURRENCES
-
-# Gates and h = a * h + b, per channel and token.
-_GATE_FLOPS = {"mingru": 12, "minlstm": 20}
+from models.mixers import MIXERS
 
 
 def parameters(config: ModelConfig) -> int:
     """Number of trainable numbers of `LanguageModel(config)`, exactly."""
-    width = config.width
-    total = (1 if config.tie_embeddings else 2) * config.vocab_size * width + width
-    for mixer in config.layer_mixers():
-        total += width + _mixer_matrices(config, mixer)  # norm first
-        if mixer in RECURRENCES:
-            total += RECURRENCES[mixer].parts * config.state_width
-            if config.conv_width:
-                total += (config.conv_width + 1) * width
-        if config.mlp_width:
-            total += width + 3 * width * config.mlp_width
-    return total
+    ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.width + config.width
+    return ends + sum(
+        count * sum(p.numel() for p in block.parameters()) for block, count in _blocks(config)
+    )
 
 
 def matrix_flops_per_token(config: ModelConfig) -> int:
     """Products with weights in one forward pass per token, a multiply-add as two."""
     matrices = config.width * config.vocab_size
-    for mixer in config.layer_mixers():
-        matrices += _mixer_matrices(config, mixer) + 3 * config.width * config.mlp_width
+    for block, count in _blocks(config):
+        layers = (module for module in block.modules() if isinstance(module, nn.Linear))
+        matrices += count * sum(layer.weight.numel() for layer in layers)
     return 2 * matrices
 
 
 def mixing_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """What moves along the sequence in one forward pass, the mean over `seq_len` tokens.
 
-    Attention counts the scores and the weighted values of the tokens that a query may see and no
-    others, whatever a kernel computes besides; a recurrence its gates, state and convolution.
+    Attention counts the tokens that a query may see and no others, whatever a kernel computes
+    besides; a recurrence its gates, state and convolution.
     """
-    total = 0.0
-    for mixer in config.layer_mixers():
-        if mixer in RECURRENCES:
-            total += _GATE_FLOPS[mixer] * config.state_width
-            total += 2 * config.conv_width * config.width
-        else:
-            window = seq_len if mixer == "attention" else min(config.window, seq_len)
-            visible = window - window * (window - 1) / (2 * seq_len)
-            total += 4 * visible * config.width
-    return total
+    return sum(MIXERS[name].mixing_flops(config, seq_len) for name in config.layer_mixers())
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -61,9 +54,8 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 3 * forward_flops_per_token(config, seq_len)
 
 
-def _mixer_matrices(config: ModelConfig, mixer: str) -> int:
-    """Numbers in the matrices of a mixer."""
-    width, state = config.width, config.state_width
-    if mixer in RECURRENCES:
-        return (RECURRENCES[mixer].parts + 1 + bool(config.gate)) * width * state
-    return 2 * width * (width + width // config.heads * config.shared_kv_heads)
+def _blocks(config: ModelConfig) -> Iterator[tuple[Block, int]]:
+    """One block for each mixer of the stack, and how many layers have it."""
+    with torch.device("meta"):
+        for name, count in Counter(config.layer_mixers()).items():
+            yield Block(config, name), count

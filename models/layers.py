@@ -1,8 +1,26 @@
-"""Layers without state of their own: SwiGLU and the causal convolution. RMSNorm is torch's."""
+"""Layers without state of their own, each with its initial values. RMSNorm is torch's.
+
+Initial values: matrices N(0, 1 / fan_in), times `scale` for those that write to the residual; the
+convolution is the identity plus noise. Deterministic given `torch.manual_seed`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """torch's layer, starting from N(0, scale^2 / fan_in) and a bias of zeros."""
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = False, scale: float = 1.0) -> None:
+        self.scale = scale  # read when torch's own constructor draws the values
+        super().__init__(fan_in, fan_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values."""
+        nn.init.normal_(self.weight, std=self.scale * self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class SwiGLU(nn.Module):
@@ -11,10 +29,10 @@ class SwiGLU(nn.Module):
     Source: Shazeer 2020 (arXiv:2002.05202).
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, residual_scale: float = 1.0) -> None:
         super().__init__()
-        self.gate_and_in = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.gate_and_in = Linear(width, 2 * hidden)
+        self.out = Linear(hidden, width, scale=residual_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_and_in(x).chunk(2, dim=-1)
@@ -32,6 +50,14 @@ class CausalConv(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(width, channels))
         self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity plus noise."""
+        nn.init.normal_(self.weight, std=0.1)
+        self.weight[0] += 1
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, reset: Tensor | None = None) -> Tensor:
         """x [B, width - 1 + T, D], the halo first -> y [B, T, D].

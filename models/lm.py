@@ -1,4 +1,4 @@
-"""The language model: embed -> blocks -> norm -> head, and every initialisation in one place."""
+"""The language model: embed -> blocks -> norm -> head."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from models.block import Block
 from models.config import ModelConfig
-from models.layers import CausalConv
 from models.mixer import Carry
-from models.recurrent import RecurrentMixer
 
 # What is made of the last hidden states [B, T, D] and the head's weight [V, D].
 Readout = Callable[[Tensor, Tensor], Any]
@@ -27,27 +25,34 @@ class Head(nn.Linear):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, vocab_size, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Small, so that the first loss is log V."""
+        nn.init.normal_(self.weight, std=0.02)
+
     def forward(self, x: Tensor, readout: Readout = F.linear) -> Any:
         return readout(x, self.weight)
 
 
 class LanguageModel(nn.Module):
-    """Next-token model over any mixers. Deterministic given `torch.manual_seed`."""
+    """Next-token model over any mixers. Deterministic given `torch.manual_seed`.
+
+    Every module draws its own initial values; the embedding's are N(0, 1), or the head's where
+    they share a matrix.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        stack = [Block(config, name) for name in config.layer_mixers()]
-        self.blocks = cast(list[Block], nn.ModuleList(stack))
+        stack = nn.ModuleList(Block(config, name) for name in config.layer_mixers())
+        self.blocks = cast(list[Block], stack)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         # How a block is called: replaced from outside where its activations are not to be kept.
-        self.call_block: Callable[..., Any] = _call_block
-        self.init_weights()
+        self.call_block: Callable[..., tuple[Tensor, Carry]] = _call_block
 
     def forward(
         self,
@@ -77,37 +82,6 @@ class LanguageModel(nn.Module):
         """The carry of an empty history, one per layer."""
         return [block.mixer.init_carry(batch_size, device) for block in self.blocks]
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """All initial values.
 
-        Matrices N(0, 1/fan_in); those that write to the residual are divided by sqrt(2 * layers),
-        so that its variance does not grow with depth; the head is small, so that the first loss is
-        log V, and so is the embedding where both are one. The convolution starts as the identity
-        plus noise. Gate biases spread the channels' memories evenly in log time from 2 to
-        `memory_tokens` tokens (Tallec & Ollivier 2018, arXiv:1804.11188, chrono initialisation).
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, CausalConv):
-                nn.init.normal_(module.weight, std=0.1)
-                module.weight[0] += 1
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed.weight)
-        nn.init.normal_(self.head.weight, std=0.02)
-        residual_scale = (2 * self.config.layers) ** -0.5
-        for block in self.blocks:
-            block.mixer.out.weight *= residual_scale
-            if block.mlp is not None:
-                block.mlp.out.weight *= residual_scale
-            if isinstance(block.mixer, RecurrentMixer):
-                channels = (torch.arange(block.mixer.state_width) + 0.5) / block.mixer.state_width
-                memory = 2 * (self.config.memory_tokens / 2) ** channels
-                block.mixer.preactivations.bias.copy_(block.mixer.forget_bias(memory))
-
-
-def _call_block(block: Block, *args: Any, **kwargs: Any) -> Any:
+def _call_block(block: Block, *args: Any, **kwargs: Any) -> tuple[Tensor, Carry]:
     return block(*args, **kwargs)

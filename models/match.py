@@ -6,6 +6,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.flops import parameters
+from models.mixers import MIXERS
 
 TOLERANCE = 0.02
 
@@ -18,9 +19,9 @@ def match_parameters(config: ModelConfig, target: int, by: str = "width") -> Mod
     mlp_ratio. Raises ValueError where none is within 2 %.
     """
     assert by in ("width", "layers")
-    attends = {"attention", "window"} & set(config.layer_mixers())
-    # kernels want vectors of 8 numbers, in a row and in a head
-    step = (lcm(8, 8 * config.heads) if attends else 8) if by == "width" else 1
+    step = 1
+    if by == "width":
+        step = lcm(*(MIXERS[name].width_step(config) for name in config.layer_mixers()))
     best: tuple[float, ModelConfig] | None = None
     for size in range(step, 1 << 16, step):
         changes: dict[str, Any] = {by: size, "mlp_ratio": 0.0}

@@ -12,18 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.mixers import MIXERS
 from models.scan import Inputs, Recurrence, scan
-from models.softmax_attention import Cache, attend
+from models.softmax_attention import QKV, Cache, attend
 
 Carry = tuple[Tensor, ...]
-
-# A new mixer is one file and one line here (and its name in config.MIXER_NAMES).
-MIXERS = {
-    "mingru": "models.mingru:MinGRUMixer",
-    "minlstm": "models.minlstm:MinLSTMMixer",
-    "attention": "models.attention:AttentionMixer",
-    "window": "models.attention:WindowMixer",
-}
 
 
 class SequenceOps(Protocol):
@@ -45,9 +38,7 @@ class SequenceOps(Protocol):
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: QKV,
         cache: Cache,
         reset: Tensor | None,
         rope_base: float,
@@ -55,8 +46,8 @@ class SequenceOps(Protocol):
     ) -> tuple[Tensor, Carry]:
         """Causal softmax attention [B, T, heads, d] over the cache and the segment so far.
 
-        q [B, T, heads, d], k, v [B, T, kv heads, d] come without positions, which are known here
-        alone. With `last` nothing is cached and the carry is empty.
+        Queries, keys and values come without positions, which are known here alone. With `last`
+        nothing is cached and the carry is empty.
         """
 
 
@@ -76,15 +67,13 @@ class LocalOps:
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: QKV,
         cache: Cache,
         reset: Tensor | None,
         rope_base: float,
         last: bool,
     ) -> tuple[Tensor, Carry]:
-        return attend(q, k, v, cache, reset, rope_base, last)
+        return attend(qkv, cache, reset, rope_base, last)
 
 
 def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
@@ -104,10 +93,10 @@ class SequenceMixer(nn.Module):
     """A layer that mixes along time: x [B, T, D] -> y [B, T, D], and a carry.
 
     The carry is the state entering the next segment of the same sequence; an empty history is
-    `init_carry`. `ops` answers the verbs and is replaced from outside to shard the sequence.
+    `init_carry`. `ops` answers the verbs and is replaced from outside to shard the sequence. A
+    mixer draws its own initial values, so one made alone is ready for use; what it adds to the
+    residual starts smaller by `ModelConfig.residual_scale`.
     """
-
-    out: nn.Linear  # the projection that writes to the residual
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,5 +122,5 @@ class SequenceMixer(nn.Module):
 
 
 def build_mixer(name: str, config: ModelConfig) -> SequenceMixer:
-    """The mixer `name` of `MIXERS`, uninitialised."""
-    return resolve_name(MIXERS[name])(config)
+    """The mixer `name` of `MIXERS`."""
+    return resolve_name(MIXERS[name].path)(config)

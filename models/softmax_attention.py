@@ -20,6 +20,14 @@ _MASKED_ROWS = 512
 _DECODED_KEYS = 256
 
 
+class QKV(NamedTuple):
+    """Queries [B, T, heads, d], keys and values [B, T, kv heads, d], not yet rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Cache(NamedTuple):
     """What full attention keeps of the tokens before a segment. A carry whose size grows.
 
@@ -66,9 +74,7 @@ def _angles(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: QKV,
     cache: Cache,
     reset: Tensor | None,
     rope_base: float,
@@ -76,12 +82,12 @@ def attend(
 ) -> tuple[Tensor, Cache | tuple[()]]:
     """Causal attention of a segment to itself and to what is cached before it.
 
-    q [B, T, heads, d], k, v [B, T, kv heads, d], not yet rotated; reset [B, T] marks documents,
-    between which nothing is seen. Returns [B, T, heads, d] and the cache with this segment in it;
-    with `last` no cache is made of a segment that has nothing before it.
+    reset [B, T] marks documents, between which nothing is seen. Returns [B, T, heads, d] and the
+    cache with this segment in it; with `last` no cache is made of a segment that has nothing before
+    it.
     """
-    past = int(cache.length)
-    q, k = rotate(q, past, rope_base), rotate(k, past, rope_base)
+    past, v = int(cache.length), qkv.v
+    q, k = rotate(qkv.q, past, rope_base), rotate(qkv.k, past, rope_base)
     if not past:
         y = _attend_documents(q, k, v, reset)
         return y, () if last else _append(cache, k, v, reset)

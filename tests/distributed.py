@@ -66,9 +66,9 @@ def _rank(
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with NaN in uninitialised memory, as in conftest.py
     try:
-        from trainer.parallel.topology import initialize_distributed
+        from trainer.worker import join_group
 
-        initialize_distributed(timeout_seconds=60)
+        join_group(timeout_seconds=60)
         results.put((rank, True, function(*args)))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))

@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 from trainer.config import load_config
+from trainer.events import Evaluated, Event, Stepped
 from trainer.settings import ConfigError
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, ask_to_stop)
 
-    def report(event: dict[str, Any]) -> bool:
+    def report(event: Event) -> bool:
         print(_line(event), flush=True)
         return stopping
 
@@ -50,17 +51,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _line(event: dict[str, Any]) -> str:
+def _line(event: Event) -> str:
     """One event as a line for people."""
-    if event["event"] == "step":
-        return (
-            f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
-            f"{event['tokens_per_second']:,.0f} tokens/s  eta {event['eta_seconds']:.0f} s"
-        )
-    if event["event"] == "evaluation":
-        return f"held-out loss {event['loss']:.4f} nats, {event['bits_per_byte']:.4f} bits per byte"
-    rest = {key: value for key, value in event.items() if key != "event"}
-    return f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in rest.items())
+    match event:
+        case Stepped(step, steps, metrics):
+            return (
+                f"step {step}/{steps}  loss {metrics['loss']:.4f}  "
+                f"{metrics['tokens_per_second']:,.0f} tokens/s  eta {metrics['eta_seconds']:.0f} s"
+            )
+        case Evaluated(_, loss, bits):
+            return f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
+    name = type(event).__name__.lower()
+    return f"{name}: " + ", ".join(f"{key} {value}" for key, value in asdict(event).items())
 
 
 if __name__ == "__main__":

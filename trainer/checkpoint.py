@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.schema import file_sha256, sync_to_disk
+from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Topology
+from trainer.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -36,18 +37,26 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole."""
+
+    folder: Path
+    manifest: Manifest
 
 
 def save(
-    run: Path, manifest: Manifest, write: Callable[[Path], None], keep: int, topology: Topology
-) -> Path:
+    run: RunFolder,
+    manifest: Manifest,
+    write: Callable[[Path], None],
+    keep: int,
+    topology: Topology,
+) -> None:
     """Write a checkpoint with `write(folder)`, commit it, and drop all but the newest `keep`.
 
     Every worker must call it; it returns when the checkpoint exists for all.
     """
-    final = checkpoint_folder(run, manifest.step)
+    final = run.checkpoint(manifest.step)
     partial = final.with_suffix(".tmp")
 
     def start() -> None:
@@ -55,43 +64,40 @@ def save(
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        with (partial / MANIFEST).open("w") as f:
-            json.dump(asdict(manifest), f, indent=1)
-        sync_to_disk(partial / MANIFEST)
+        write_whole(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
         for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
             sync_to_disk(folder)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
         sync_to_disk(final.parent)
-        for old in _steps(run)[keep:]:
+        for old in run.saved()[keep:]:
             shutil.rmtree(old)
 
-    def on_first(action: Callable[[], None]) -> None:
-        topology.together(action if topology.rank == 0 else lambda: None)
-
-    on_first(start)
+    topology.on_first(start)
     topology.together(lambda: write(partial))
-    found = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-    files = topology.gather_objects(found)[0]  # storage may show each worker another listing
-    mine = files[topology.rank :: topology.world_size]
-    sealed = topology.together(lambda: {name: _seal(partial / name) for name in mine})
+    manifest.files = _seal_all(partial, topology)
+    topology.on_first(commit)
+
+
+def _seal_all(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file, each worker sealing its share."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = topology.gather_objects(names)[0]  # storage may show each worker another listing
+    mine = names[topology.rank :: topology.world_size]
+    sealed = topology.together(lambda: {name: _seal(folder / name) for name in mine})
     shares = topology.gather_objects(sealed)
-    manifest.files = {name: share[name] for share in shares for name in sorted(share)}
-    on_first(commit)
-    return final
+    return {name: share[name] for share in shares for name in sorted(share)}
 
 
-def find(
-    run: Path, topology: Topology, warn: Callable[[str], None]
-) -> tuple[Path, Manifest] | None:
+def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Saved | None:
     """The newest checkpoint whose every file is as its manifest says; None where there is none.
 
     The workers share the hashing. A checkpoint that is damaged is reported through `warn`, renamed
     to *.damaged, and the one before it tried. Raises ValueError where only damaged ones are left,
     rather than start again from nothing.
     """
-    candidates = topology.gather_objects([str(p) for p in _steps(run)])[0]
+    candidates = topology.gather_objects([str(p) for p in run.saved()])[0]
     for candidate in map(Path, candidates):
         manifest, faults = _read_manifest(candidate)
         if manifest:
@@ -99,30 +105,30 @@ def find(
             faults = faults + damage(candidate, manifest, names)
         faults = [fault for share in topology.gather_objects(faults) for fault in share]
         if manifest and not faults:
-            return candidate, manifest
-        if topology.rank == 0:
+            return Saved(candidate, manifest)
+        if topology.first:
             warn(f"checkpoint {candidate} is not used: {'; '.join(sorted(set(faults)))}")
             aside = candidate.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
     if candidates:
         raise ValueError(
-            f"no checkpoint in {run / 'checkpoints'} is intact: restore one from a copy, or choose "
+            f"no checkpoint in {run.checkpoints} is intact: restore one from a copy, or choose "
             f"another run.dir to start again"
         )
     return None
 
 
-def find_weights(run: Path) -> tuple[Path, Manifest]:
+def find_weights(run: RunFolder) -> tuple[Path, Manifest]:
     """The weights file of the newest intact checkpoint, for one process that only reads it."""
     faults = []
-    for candidate in _steps(run):
+    for candidate in run.saved():
         manifest, found = _read_manifest(candidate)
         if manifest and not (found := damage(candidate, manifest, [WEIGHTS])):
             return candidate / WEIGHTS, manifest
         faults += found
     shown = "; ".join(faults) or "there is none yet"
-    raise ValueError(f"no checkpoint in {run / 'checkpoints'} can be loaded: {shown}")
+    raise ValueError(f"no checkpoint in {run.checkpoints} can be loaded: {shown}")
 
 
 def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
@@ -137,12 +143,6 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
         elif file_sha256(path) != told["sha256"]:
             faults.append(f"{path} does not have the sha256 of its manifest")
     return faults
-
-
-def _steps(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first; unfinished and damaged ones have other names."""
-    folders = [p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and not p.suffix]
-    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:

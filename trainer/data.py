@@ -37,7 +37,9 @@ from data_prep.schema import (
     file_faults,
     load_info,
 )
+from trainer.checks import info_faults
 from trainer.config import Config, DataConfig
+from trainer.layout import Layout
 
 IGNORED = -100  # a label that no loss counts; torch's own choice
 
@@ -135,35 +137,37 @@ class TokenStream:
         return sample
 
 
+def open_split(config: Config, split: str) -> TokenStream:
+    """A split of the data, checked here too: the submitting machine may not have seen it."""
+    stream = TokenStream(config.data, split)
+    if faults := [f"{key}: {message}" for key, message in info_faults(config, stream.info)]:
+        raise ValueError("\n".join(faults))
+    return stream
+
+
 class SequenceReader:
     """One rank's shard of any sequence of a split; `sequences` of them lie end to end in it."""
 
     def __init__(
-        self,
-        stream: TokenStream,
-        seq_len: int,
-        shard: int,
-        shards: int,
-        with_reset: bool,
-        shift: bool = False,
+        self, stream: TokenStream, layout: Layout, with_reset: bool, shift: bool = False
     ) -> None:
-        self.stream, self.seq_len, self.with_reset = stream, seq_len, with_reset
-        self.shard_tokens = seq_len // shards
-        self.offset = shard * self.shard_tokens
+        self.stream, self.layout, self.with_reset = stream, layout, with_reset
+        seq_len = layout.seq_len
         # as many from wherever a shifted epoch begins
         self.sequences = max(0, stream.token_count - (seq_len if shift else 1)) // seq_len
 
-    def micro_batch(self, begins: list[int]) -> MicroBatch:
-        """This rank's shard of the sequences that begin at the tokens `begins`, one row each.
+    def micro_batch(self, begins: list[int], segment: int = 0) -> MicroBatch:
+        """This rank's shard of a segment of the sequences that begin at the tokens `begins`.
 
-        Labels are shifted before sharding, so the last token of a shard learns from the first of
-        the next one.
+        One row each. Labels are shifted before sharding, so the last token of a shard learns from
+        the first of the next one.
         """
-        length = self.shard_tokens
+        held = self.layout.held(segment)
+        length = len(held)
         rows = np.empty((len(begins), length + 1), np.int64)
         reset = np.zeros((len(begins), length), np.uint8) if self.with_reset else None
         for row, begin in enumerate(begins):
-            first = begin + self.offset
+            first = begin + held.start
             rows[row], starts = self.stream.read(first, first + length + 1)
             if reset is not None:
                 reset[row, starts[starts < length]] = 1

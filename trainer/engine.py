@@ -4,13 +4,9 @@ Each setting below that departs from DeepSpeed's default says why; the parity te
 (tests/trainer/test_parity.py).
 """
 
-import argparse
-import contextlib
 import importlib
-import io
 import logging
 import platform
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.flops import parameters
-from trainer.checkpoint import WEIGHTS, Manifest
+from models.scan import Recurrence
+from trainer.checkpoint import WEIGHTS, Saved
 from trainer.config import Config
 from trainer.optim import build_optimizer
-from trainer.parallel.topology import Topology
+from trainer.reshape import load_reshaped, needs_reshaping
+from trainer.worker import Worker
 
 TAG = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
 
@@ -90,25 +88,18 @@ class Engine:
     Call it like the model. Every rank must make every call, in the same order.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Config,
-        topology: Topology,
-        device: torch.device,
-        resume: tuple[Path, Manifest] | None = None,
-    ) -> None:
-        deepspeed = _deepspeed()
+    def __init__(self, model: nn.Module, worker: Worker, resume: Saved | None = None) -> None:
+        config, topology, deepspeed = worker.config, worker.topology, _deepspeed()
         if not deepspeed.comm.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            backend = "nccl" if worker.device.type == "cuda" else "gloo"
             deepspeed.init_distributed(
                 dist_backend=backend, dist_init_required=False, auto_mpi_discovery=False
             )
         derived = deepspeed_config(config)
-        universal = resume is not None and _needs_conversion(resume[1], topology)
-        if universal:
+        reshaped = resume is not None and needs_reshaping(resume.manifest, topology)
+        if reshaped:
             derived["checkpoint"] = {"load_universal": True}
-        model = model.to(device)
+        model = model.to(worker.device)
         optimizer = build_optimizer(model, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # bf16 at stage 0 takes a step while it is set up
@@ -121,10 +112,15 @@ class Engine:
             self._engine.optimizer.optimizer.state.clear()  # the traces of that step
         self._step = 0
         if resume:
-            self._load(*resume, universal)
+            self._load(resume, reshaped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+    def recurrences(self) -> list[Recurrence]:
+        """Those that the model's mixers scan."""
+        found = (getattr(module, "recurrence", None) for module in self._engine.module.modules())
+        return [recurrence for recurrence in found if isinstance(recurrence, Recurrence)]
 
     def train(self) -> None:
         self._engine.train()
@@ -132,11 +128,13 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch; the mean over a step's micro-batches is taken."""
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the micro-batch, changes nothing else
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss` to the step's; with the `last` they are summed over ranks.
+
+        A step may have any number of backwards, the same on every rank, each of a graph of its own.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Update the weights after a step's last backward; the gradient's norm before clipping."""
@@ -156,7 +154,7 @@ class Engine:
             str(folder), tag=TAG, client_state={"step": self._step}, save_latest=False
         )
         weights = self.weights()
-        if self._topology.rank == 0:
+        if self._topology.first:
             save_file(weights, folder / WEIGHTS)
 
     def weights(self) -> dict[str, Tensor]:
@@ -165,7 +163,7 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             sharded = hasattr(parameter, "ds_id")
             with _deepspeed().zero.GatheredParameters([parameter], enabled=sharded):
-                if self._topology.rank == 0:
+                if self._topology.first:
                     gathered[name] = parameter.detach().cpu().clone().contiguous()
         return gathered
 
@@ -173,68 +171,19 @@ class Engine:
         """Free what DeepSpeed holds; for a process that builds several engines."""
         self._engine.destroy()
 
-    def _load(self, folder: Path, manifest: Manifest, universal: bool) -> None:
-        if not universal:
+    def _load(self, saved: Saved, reshaped: bool) -> None:
+        def load(folder: Path) -> dict[str, Any]:
             _, client = self._engine.load_checkpoint(str(folder), tag=TAG)
+            return client or {}
+
+        if reshaped:
+            source = saved.folder / TAG
+            client = load_reshaped(source, self._topology, self._engine.optimizer, load)
         else:
-            client = self._load_universal(folder)
-        loaded = (client or {}).get("step")
-        if loaded != manifest.step:
-            raise ValueError(f"{folder} loaded as step {loaded}, its manifest says {manifest.step}")
-        self._step = manifest.step
-
-    def _load_universal(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint of another number of workers, by DeepSpeed's universal format."""
-        converted = folder.with_suffix(".universal")
-        fault = None
-        if self._topology.rank == 0:
-            shutil.rmtree(converted, ignore_errors=True)
-            try:
-                _convert(folder / TAG, converted / TAG)
-            except Exception as error:  # the other ranks wait: they must be told
-                fault = (
-                    f"{folder} cannot be converted for {self._topology.world_size} workers: {error}"
-                )
-        fault = self._topology.gather_objects(fault)[0]
-        if fault:
-            raise ValueError(fault)
-        optimizer = self._engine.optimizer
-        # At stage 3 the universal load gives every group the first group's settings, ...
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        _, client = self._engine.load_checkpoint(str(converted), tag=TAG)
-        for group, kept in zip(optimizer.param_groups, settings, strict=True):
-            group.update(kept)
-        # ... and all groups one shared step counter, which then advances once per group.
-        for state in optimizer.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-        self._topology.gather_objects(None)
-        if self._topology.rank == 0:
-            shutil.rmtree(converted, ignore_errors=True)
-        return client
-
-
-def _needs_conversion(manifest: Manifest, topology: Topology) -> bool:
-    """ZeRO's shards are cut for a number of workers; without ZeRO every worker has all."""
-    return manifest.zero_stage > 0 and manifest.world_size != topology.world_size
-
-
-def _convert(source: Path, target: Path) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        main(
-            argparse.Namespace(
-                input_folder=str(source),
-                output_folder=str(target),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
+            client = load(saved.folder)
+        step = saved.manifest.step
+        if client.get("step") != step:
+            raise ValueError(
+                f"{saved.folder} loaded as step {client.get('step')}, its manifest says {step}"
             )
-        )
+        self._step = step

@@ -1,18 +1,19 @@
 """Held-out loss, by position too, and the n-gram models it must beat."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_prep.schema import SplitInfo
 from trainer.data import SequenceReader, TokenStream
+from trainer.engine import Engine
 from trainer.loss import token_scores
-from trainer.parallel.topology import Topology
+from trainer.worker import Worker
 
 
 @dataclass
@@ -36,39 +37,35 @@ def bits_per_byte(nats_per_token: float, split: SplitInfo) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Callable[..., Any],
-    reader: SequenceReader,
-    limit: int,
-    tile: int,
-    topology: Topology,
-    device: torch.device,
-) -> Evaluation:
-    """The mean loss over the first `limit` sequences of the reader's split.
+def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluation:
+    """The mean loss over the first sequences of the reader's split, evaluate.sequences at most.
 
     Sequences are sharded as in training and dealt to the DP ranks; every rank must call this and
     gets the same result. Every rank runs equally many forwards, as ZeRO-3 demands: where the
     sequences run out it repeats the last and does not count it.
     """
-    count = min(limit, reader.sequences)
-    edges = _position_edges(reader.seq_len)
-    first = topology.sp_rank * reader.shard_tokens
-    positions = torch.arange(first, first + reader.shard_tokens, device=device)
+    topology, device, config = worker.topology, worker.device, worker.config
+    count = min(config.evaluate.sequences, reader.sequences)
+    edges = _position_edges(reader.layout.seq_len)
+    held = reader.layout.held()
+    positions = torch.arange(held.start, held.stop, device=device)
     bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
     task = reader.stream.info.synthetic
     distances = (task.distances if task else []) or [0]
     # of all distances and positions: loss, likeliest, tokens
     totals = torch.zeros(3, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
+    engine.eval()
     for begin in range(0, count, topology.dp_size):
         index = begin + topology.dp_rank
-        batch = reader.micro_batch([min(index, count - 1) * reader.seq_len])
+        batch = reader.micro_batch([min(index, count - 1) * reader.layout.seq_len])
         reset = None if batch.reset is None else batch.reset.to(device)
         labels = batch.labels.to(device)
-        readout = partial(token_scores, labels=labels, tile=tile)
-        scores, _ = model(batch.tokens.to(device), reset=reset, readout=readout, last=True)
+        readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
+        scores, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
         if index < count:
             scored = torch.cat([scores[:, 0], (labels >= 0).float()]).double()
             totals[:, index % len(distances)].index_add_(1, bins, scored)
+    engine.train()
     totals = topology.gather(totals).sum(0)
     loss, right, tokens = totals.sum((1, 2)).tolist()
     return Evaluation(
@@ -77,19 +74,34 @@ def evaluate(
         accuracy=right / tokens,
         sequences=count,
         tokens=int(tokens),
-        by_position=[
-            (start, stop, total / n)
-            for start, stop, (total, _, n) in zip(
-                edges[:-1], edges[1:], totals.sum(1).T.tolist(), strict=True
-            )
-            if n
-        ],
-        by_distance=[
-            (distance, total / n, hits / n)
-            for distance, (total, hits, n) in zip(distances, totals.sum(2).T.tolist(), strict=True)
-            if distance and n
-        ],
+        by_position=_by_position(totals, edges),
+        by_distance=_by_distance(totals, distances),
     )
+
+
+def _by_position(totals: Tensor, edges: list[int]) -> list[tuple[int, int, float]]:
+    rows = zip(edges[:-1], edges[1:], totals.sum(1).T.tolist(), strict=True)
+    return [(start, stop, loss / n) for start, stop, (loss, _, n) in rows if n]
+
+
+def _by_distance(totals: Tensor, distances: list[int]) -> list[tuple[int, float, float]]:
+    rows = zip(distances, totals.sum(2).T.tolist(), strict=True)
+    return [(distance, loss / n, hits / n) for distance, (loss, hits, n) in rows if distance and n]
+
+
+def final_result(
+    evaluated: Evaluation, train: SequenceReader, held_out: SequenceReader
+) -> dict[str, Any]:
+    """The last held-out loss beside the n-gram models' on the same tokens."""
+    losses: dict[str, float] = {}
+    if not train.stream.info.synthetic:  # of random tokens n-grams would tell nothing
+        losses = ngram_losses(train.stream, held_out.stream, evaluated.tokens)
+    split = held_out.stream.split
+    baselines = {
+        name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, split)}
+        for name, loss in losses.items()
+    }
+    return {**asdict(evaluated), "baselines": baselines}
 
 
 def _position_edges(seq_len: int) -> list[int]:

@@ -4,8 +4,8 @@ Every fault is found in one pass, with the file, the line and the nearest known 
 """
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,56 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+Fault = tuple[str, str]  # a key; what is wrong with it and what to do
+
+
+def positive(default: Any) -> Any:
+    """A field whose value must be above zero, where it is not None."""
+    return _bounded(default, above=0)
+
+
+def not_negative(default: Any, below: float | None = None) -> Any:
+    """A field whose value must be at least zero, and below a bound if there is one."""
+    return _bounded(default, least=0, below=below)
+
+
+def one_of(default: Any, *values: Any) -> Any:
+    """A field that must have one of these values."""
+    return _bounded(default, values=values)
+
+
+def _bounded(default: Any, **bounds: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=bounds)
+    return field(default=default, metadata=bounds)
+
+
+def field_faults(section: Any, prefix: str = "") -> Iterator[Fault]:
+    """(key, what is wrong) for every value of a dataclass of sections outside its field's bounds.
+
+    A list is held to the bounds item by item.
+    """
+    for item in fields(section):
+        value, name, bounds = getattr(section, item.name), f"{prefix}{item.name}", item.metadata
+        if is_dataclass(value):
+            yield from field_faults(value, f"{name}.")
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (fault := _out_of_bounds(each, bounds)):
+                yield name, fault
+
+
+def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    if "above" in bounds and not value > bounds["above"]:
+        return f"{value} is not positive"
+    if "least" in bounds and not value >= bounds["least"]:
+        return f"{value} is negative"
+    if bounds.get("below") is not None and not value < bounds["below"]:
+        return f"{value} is not below {bounds['below']:g}"
+    if "values" in bounds and value not in bounds["values"]:
+        *others, last = map(str, bounds["values"])
+        return f"{value!r} is not {', '.join(others)} or {last}"
+    return None
 
 
 class ConfigError(ValueError):

@@ -1,49 +1,39 @@
 """The run, top to bottom: every worker calls `train` with the same configuration."""
 
-import json
 import math
-import shutil
 import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_prep.schema import TOKENIZER_NAME
 from models.flops import parameters
-from models.lm import LanguageModel
 from models.scan import choose_backend
 from trainer import checkpoint
-from trainer.config import Config, dump_config, info_faults
+from trainer.checkpoint import Saved
+from trainer.config import Config, dump_config
 from trainer.data import (
     DataError,
     MicroBatch,
     Position,
     SequenceReader,
-    TokenStream,
+    open_split,
     training_batches,
 )
-from trainer.engine import Engine, versions
-from trainer.evaluate import Evaluation, bits_per_byte, evaluate, ngram_losses
-from trainer.memory import keep_freed_memory, peak_memory_bytes
-from trainer.metrics import (
-    MetricsWriter,
-    step_metrics,
-    truncate_after,
-)
+from trainer.engine import versions
+from trainer.evaluate import Evaluation, evaluate, final_result
+from trainer.events import Ended, Evaluated, Report, Started, Stepped
+from trainer.memory import peak_memory_bytes
+from trainer.metrics import MetricsWriter, step_metrics
 from trainer.optim import learning_rate
-from trainer.parallel.topology import Topology, initialize_distributed
-from trainer.step import accumulate_gradients, prepare_model, seed_dropout
-
-# Rank 0 tells what happens: {"event": ..., ...}. The answer True asks to stop in good order.
-Report = Callable[[dict[str, Any]], bool]
+from trainer.run_folder import RunFolder, truncate_after
+from trainer.step import accumulate_gradients, build_engine, seed_dropout
+from trainer.worker import Worker
 
 
 class RunError(RuntimeError):
@@ -56,293 +46,237 @@ def train(config: Config, report: Report) -> None:
     Every rank of the world calls this. Raises ValueError for what a user got wrong, DataError for
     damaged data, RunError where training itself fails; the last checkpoint stays good.
     """
-    keep_freed_memory()
-    use_gpu = config.launch.gpus_per_worker > 0
-    device = initialize_distributed(config.parallel.timeout_seconds, use_gpu)
-    topology = Topology(config.parallel.sp, config.parallel.timeout_seconds)
-    stream = topology.together(partial(_open_stream, config, "train"))
-    reader = _reader(stream, config, topology, config.data.shift)
-    held_out = None
-    if config.evaluate.sequences:
-        held_stream = topology.together(partial(_open_stream, config, "held_out"))
-        held_out = _reader(held_stream, config, topology, shift=False)
-    run = _open_run_folder(config, topology, stream)
-
-    torch.manual_seed(config.run.seed)
-    model = LanguageModel(config.model)
-    prepare_model(model, config, topology)
-    warn = partial(_warn, report)
-    found = checkpoint.find(run, topology, warn)
-    engine = Engine(model, config, topology, device, resume=found)
-    step, consumed = 0, 0
-    if found:
-        step, consumed = found[1].step, found[1].sequences_consumed
-        _check_resume(found[1], stream, config)
-    if topology.rank == 0:
-        _describe_start(report, config, device, step)
-
-    writer = MetricsWriter(run, step) if topology.rank == 0 else None
-    if topology.rank == 0:
-        truncate_after(run / "evaluations.jsonl", step)
-    batches = training_batches(reader, config, topology.dp_rank, consumed)
-    recent: deque[float] = deque(maxlen=20)
+    run = _Run(Worker.join(config, report))
+    run.announce()
     last_step = config.train.steps
     if config.train.stop_after is not None:
-        last_step = min(last_step, step + config.train.stop_after)
-    evaluated = None
-    stop = asked_to_stop = False
-    while step < last_step and not stop:
+        last_step = min(last_step, run.step + config.train.stop_after)
+    stop = False
+    while run.step < last_step and not stop:
+        stop = run.take_step()
+        if run.step % config.checkpoint.every == 0 or run.step == last_step or stop:
+            run.save()
+        if config.evaluate.every and run.step % config.evaluate.every == 0:
+            run.evaluate()
+    run.finish()
+
+
+class _Run:
+    """One start of a run, on one worker: what it has, and what it does with it."""
+
+    def __init__(self, worker: Worker) -> None:
+        config = worker.config
+        self.worker, self.config, self.topology = worker, config, worker.topology
+        self.folder = RunFolder(config.run.dir)
+        self.reader = _reader(worker, "train")
+        self.held_out = _reader(worker, "held_out") if config.evaluate.sequences else None
+        self._open_folder()
+        saved = checkpoint.find(self.folder, self.topology, worker.warn)
+        self.engine = build_engine(worker, saved)
+        self.step, self.consumed = 0, 0  # steps taken; sequences read for them
+        if saved:
+            self._check_resume(saved)
+            self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
+        self.batches = training_batches(self.reader, config, self.topology.dp_rank, self.consumed)
+        self.evaluated: Evaluation | None = None  # of the last step, if it was
+        self.asked_to_stop = False
+        self.recent_seconds: deque[float] = deque(maxlen=20)
+        self.writer: MetricsWriter | None = None
+        if self.topology.first:
+            self.writer = MetricsWriter(self.folder, self.step)
+            truncate_after(self.folder.evaluations, self.step)
+
+    def announce(self) -> None:
+        """Tell what starts, and on which backend."""
+        config, layout = self.config, self.worker.layout
+        self.worker.tell(
+            Started(
+                step=self.step,
+                steps=config.train.steps,
+                parameters=parameters(config.model),
+                workers=config.launch.workers,
+                dp=config.dp,
+                sp=config.parallel.sp,
+                shard_tokens=layout.shard_tokens,
+                scan=self._scan_backends(),
+            )
+        )
+
+    def _scan_backends(self) -> str:
+        """What runs the model's scans; the reason of a slow one is told."""
+        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
+        with warnings.catch_warnings(record=True) as caught:
+            backends = {
+                choose_backend("auto", recurrence, self.worker.device.type, dtype)
+                for recurrence in self.engine.recurrences()
+            }
+        for warning in caught:
+            self.worker.warn(str(warning.message))
+        return " and ".join(sorted(backends)) or "no"
+
+    def take_step(self) -> bool:
+        """Read, learn, record; whether any worker was asked to stop."""
         started = time.perf_counter()
-        micro_batches = _next_step(batches, device, topology)
+        micro_batches = self._read()
         data_seconds = time.perf_counter() - started
-        seed_dropout(config, step, topology.rank)
-        topology.sequence.meter.take()
-        loss_sum = accumulate_gradients(engine, micro_batches, config, device)
-        exchange_seconds, _ = topology.sequence.meter.take()
-        loss, memory, stop = _agree(loss_sum, asked_to_stop, device, topology, step)
-        rate = learning_rate(step, config.train.steps, config.optim)
-        grad_norm = engine.step(rate)
+        seed_dropout(self.worker, self.step)
+        meter = self.topology.sequence.meter
+        meter.take()
+        loss_sum = accumulate_gradients(self.engine, micro_batches, self.worker)
+        exchange_seconds, _ = meter.take()
+        loss, memory, stop = self._agree(loss_sum)
+        rate = learning_rate(self.step, self.config.train.steps, self.config.optim)
+        grad_norm = self.engine.step(rate)
         if not math.isfinite(grad_norm):
-            raise RunError(_not_finite("gradient norm", grad_norm, step + 1))
-        step += 1
-        consumed += config.train.batch_size
+            raise RunError(_not_finite("gradient norm", grad_norm, self.step + 1))
+        self.step += 1
+        self.consumed += self.config.train.batch_size
+        self.evaluated = None
         step_seconds = time.perf_counter() - started
-        recent.append(step_seconds)
-        if writer:
+        self.recent_seconds.append(step_seconds)
+        steps_left = self.config.train.steps - self.step
+        if self.writer:
             metrics = step_metrics(
-                config,
-                device,
-                step,
-                consumed,
-                loss=loss,
-                grad_norm=grad_norm,
-                learning_rate=rate,
-                step_seconds=step_seconds,
-                data_seconds=data_seconds,
-                exchange_seconds=exchange_seconds,
-                peak_memory_bytes=memory,
-                eta_seconds=statistics.median(recent) * (config.train.steps - step),
+                self.worker,
+                {
+                    "step": self.step,
+                    "tokens": self.consumed * self.config.train.seq_len,
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": rate,
+                    "step_seconds": step_seconds,
+                    "data_seconds": data_seconds,
+                    "exchange_seconds": exchange_seconds,
+                    "peak_memory_bytes": memory,
+                    "eta_seconds": statistics.median(self.recent_seconds) * steps_left,
+                },
             )
-            writer.write(metrics)
+            self.writer.write(metrics)
             # taken up in the next step's exchange, so that all workers stop at the same one
-            asked_to_stop = report({"event": "step", "steps": config.train.steps, **metrics})
-        if step % config.checkpoint.every == 0 or step == last_step or stop:
-            _save(run, engine, config, topology, stream, step, consumed, reader.sequences)
-        evaluated = None
-        if held_out and config.evaluate.every and step % config.evaluate.every == 0:
-            evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
-    if writer:
-        writer.close()
-    if step == config.train.steps and not topology.gather_objects(_has_result(run, step))[0]:
-        if held_out and evaluated is None:
-            evaluated = _evaluate(run, engine, held_out, config, topology, device, step, report)
-        if held_out and evaluated and topology.rank == 0:
-            _write_result(run, evaluated, stream, held_out.stream, step)
-    if topology.rank == 0:
-        report({"event": "end", "step": step, "steps": config.train.steps})
-    engine.destroy()
+            self.asked_to_stop = self.worker.tell(
+                Stepped(self.step, self.config.train.steps, metrics)
+            )
+        return stop
 
+    def save(self) -> None:
+        """A checkpoint of this step."""
+        position = Position(self.consumed, self.reader.sequences)
+        manifest = checkpoint.Manifest(
+            step=self.step,
+            world_size=self.topology.world_size,
+            dp=self.topology.dp_size,
+            sp=self.topology.sp_size,
+            zero_stage=self.config.deepspeed.zero_stage,
+            epoch=position.epoch,
+            consumed_in_epoch=position.consumed_in_epoch,
+            sequences_consumed=self.consumed,
+            data_fingerprint=self.reader.stream.info.fingerprint,
+            versions=versions(),
+        )
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.folder, manifest, self.engine.save, keep, self.topology)
 
-def _open_stream(config: Config, split: str) -> TokenStream:
-    """A split of the data, checked here too: the submitting machine may not have seen it."""
-    stream = TokenStream(config.data, split)
-    if faults := [f"{key}: {message}" for key, message in info_faults(config, stream.info)]:
-        raise ValueError("\n".join(faults))
-    return stream
+    def evaluate(self) -> None:
+        """The held-out loss after this step, if there is held-out data."""
+        if self.held_out is None:
+            return
+        result = self.evaluated = evaluate(self.engine, self.held_out, self.worker)
+        if self.topology.first:
+            self.folder.add_evaluation({"step": self.step, **asdict(result)})
+        self.worker.tell(Evaluated(self.step, result.loss, result.bits_per_byte))
 
+    def finish(self) -> None:
+        """After the last step: the result, unless an earlier start has left it."""
+        if self.writer:
+            self.writer.close()
+        steps = self.config.train.steps
+        if self.step == steps and self.held_out:
+            known = self.topology.gather_objects(self.folder.read_result(steps) is not None)[0]
+            if not known:
+                if self.evaluated is None:
+                    self.evaluate()
+                if self.topology.first and self.evaluated:
+                    result = final_result(self.evaluated, self.reader, self.held_out)
+                    self.folder.write_result({"step": steps, **result})
+        self.worker.tell(Ended(self.step, steps))
+        self.engine.destroy()
 
-def _next_step(
-    batches: Iterator[list[MicroBatch]], device: torch.device, topology: Topology
-) -> list[MicroBatch]:
-    """This rank's micro-batches; all workers raise the same DataError where one cannot read."""
-    batch, fault = None, None
-    try:
-        batch = next(batches)
-    except DataError as error:
-        fault = str(error)
-    failed = torch.tensor([int(batch is None)], device=device)
-    if topology.gather(failed).any():
-        faults = sorted({f for f in topology.gather_objects(fault) if f})
-        raise DataError("\n".join(faults))
-    assert batch is not None
-    return batch
+    def _open_folder(self) -> None:
+        """Make the folder and what a reader of the run needs besides its checkpoints."""
+        folder, stream = self.folder, self.reader.stream
 
+        def write() -> None:
+            try:
+                folder.checkpoints.mkdir(parents=True, exist_ok=True)
+                dump_config(self.config, folder.config)
+                if stream.info.tokenizer != "bytes":
+                    folder.tokenizer.write_bytes((stream.folder / TOKENIZER_NAME).read_bytes())
+            except OSError as error:
+                reason = f"{error.strerror}: {error.filename}"
+                raise ValueError(f"run.dir {folder.path} cannot be written: {reason}") from None
 
-def _open_run_folder(config: Config, topology: Topology, stream: TokenStream) -> Path:
-    """Make the folder and what a reader of the run needs besides its checkpoints."""
-    run = Path(config.run.dir)
+        def check() -> None:
+            if not folder.path.is_dir():
+                raise ValueError(
+                    f"run.dir {folder.path} is not visible to worker {self.topology.rank}: "
+                    f"use a folder that all workers share"
+                )
 
-    def write() -> None:
-        try:
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            dump_config(config, run / "config.yaml")
-            if stream.info.tokenizer != "bytes":
-                shutil.copyfile(stream.folder / TOKENIZER_NAME, run / TOKENIZER_NAME)
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}"
-            raise ValueError(f"run.dir {run} cannot be written: {reason}") from None
+        self.topology.on_first(write)
+        self.topology.together(check)
 
-    def check() -> None:
-        if not run.is_dir():
+    def _check_resume(self, saved: Saved) -> None:
+        manifest, stream, config = saved.manifest, self.reader.stream, self.config
+        if manifest.step > config.train.steps:
             raise ValueError(
-                f"run.dir {run} is not visible to worker {topology.rank}: "
-                f"use a folder that all workers share"
+                f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
+                f"{config.run.dir} has reached: raise it, or choose another run.dir"
+            )
+        if manifest.data_fingerprint != stream.info.fingerprint:
+            raise ValueError(
+                f"data.path {stream.folder} is not the data that the run was trained on: its order "
+                f"would be another; give back the same data, or choose another run.dir"
             )
 
-    topology.together(write if topology.rank == 0 else lambda: None)
-    topology.together(check)
-    return run
+    def _read(self) -> list[MicroBatch]:
+        """This rank's micro-batches; all workers raise the same DataError where one cannot read."""
+        batch, fault = None, None
+        try:
+            batch = next(self.batches)
+        except DataError as error:
+            fault = str(error)
+        failed = torch.tensor([int(batch is None)], device=self.worker.device)
+        if self.topology.gather(failed).any():
+            faults = sorted({f for f in self.topology.gather_objects(fault) if f})
+            raise DataError("\n".join(faults))
+        assert batch is not None
+        return batch
+
+    def _agree(self, loss_sum: Tensor) -> tuple[float, int, bool]:
+        """The global mean loss, the highest memory of any worker, whether any was asked to stop.
+
+        Every worker raises RunError together where the loss is not finite.
+        """
+        device = self.worker.device
+        mine = [float(loss_sum), float(peak_memory_bytes(device)), float(self.asked_to_stop)]
+        everyone = self.topology.gather(torch.tensor(mine, dtype=torch.float64, device=device))
+        losses, memories, stops = everyone.unbind(1)
+        loss = float(losses.sum()) / self.topology.dp_size
+        if not math.isfinite(loss):
+            raise RunError(_not_finite("loss", loss, self.step + 1))
+        return loss, int(memories.max()), bool(stops.any())
 
 
-def _reader(stream: TokenStream, config: Config, topology: Topology, shift: bool) -> SequenceReader:
-    return SequenceReader(
-        stream,
-        config.train.seq_len,
-        topology.sp_rank,
-        topology.sp_size,
-        config.data.reset_state,
-        shift,
-    )
+def _reader(worker: Worker, split: str) -> SequenceReader:
+    """This rank's shards of a split; what is wrong with the data is told by all workers."""
+    config = worker.config
+    stream = worker.topology.together(partial(open_split, config, split))
+    shift = split == "train" and config.data.shift
+    return SequenceReader(stream, worker.layout, config.data.reset_state, shift)
 
 
-def _agree(
-    loss_sum: Tensor, stop: bool, device: torch.device, topology: Topology, step: int
-) -> tuple[float, int, bool]:
-    """The global mean loss, the highest memory of any worker, and whether any was asked to stop.
-
-    Every worker raises RunError together where the loss is not finite.
-    """
-    mine = [float(loss_sum), float(peak_memory_bytes(device)), float(stop)]
-    everyone = topology.gather(torch.tensor(mine, dtype=torch.float64, device=device))
-    losses, memories, stops = everyone.unbind(1)
-    loss = float(losses.sum()) / topology.dp_size
-    if not math.isfinite(loss):
-        raise RunError(_not_finite("loss", loss, step + 1))
-    return loss, int(memories.max()), bool(stops.any())
-
-
-def _not_finite(what: str, value: float, step: int) -> str:
+def _not_finite(figure: str, value: float, step: int) -> str:
     return (
-        f"the {what} is {value} at step {step}: nothing was saved since the last checkpoint; "
+        f"the {figure} is {value} at step {step}: nothing was saved since the last checkpoint; "
         f"lower optim.learning_rate or optim.clip, or lengthen optim.warmup_steps, and start again"
     )
-
-
-def _save(
-    run: Path,
-    engine: Engine,
-    config: Config,
-    topology: Topology,
-    stream: TokenStream,
-    step: int,
-    consumed: int,
-    sequences: int,
-) -> None:
-    position = Position(consumed, sequences)
-    manifest = checkpoint.Manifest(
-        step=step,
-        world_size=topology.world_size,
-        dp=topology.dp_size,
-        sp=topology.sp_size,
-        zero_stage=config.deepspeed.zero_stage,
-        epoch=position.epoch,
-        consumed_in_epoch=position.consumed_in_epoch,
-        sequences_consumed=consumed,
-        data_fingerprint=stream.info.fingerprint,
-        versions=versions(),
-    )
-    checkpoint.save(run, manifest, engine.save, config.checkpoint.keep, topology)
-
-
-def _check_resume(manifest: checkpoint.Manifest, stream: TokenStream, config: Config) -> None:
-    if manifest.step > config.train.steps:
-        raise ValueError(
-            f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
-            f"{config.run.dir} has reached: raise it, or choose another run.dir"
-        )
-    if manifest.data_fingerprint != stream.info.fingerprint:
-        raise ValueError(
-            f"data.path {stream.folder} is not the data that the run was trained on: its order "
-            f"would be another; give back the same data, or choose another run.dir"
-        )
-
-
-def _evaluate(
-    run: Path,
-    engine: Engine,
-    held_out: SequenceReader,
-    config: Config,
-    topology: Topology,
-    device: torch.device,
-    step: int,
-    report: Report,
-) -> Evaluation:
-    engine.eval()
-    result = evaluate(
-        engine,
-        held_out,
-        config.evaluate.sequences,
-        config.train.loss_tile_tokens,
-        topology,
-        device,
-    )
-    engine.train()
-    if topology.rank == 0:
-        with (run / "evaluations.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, **asdict(result)}) + "\n")
-        report(
-            {
-                "event": "evaluation",
-                "step": step,
-                "loss": result.loss,
-                "bits_per_byte": result.bits_per_byte,
-            }
-        )
-    return result
-
-
-def _has_result(run: Path, step: int) -> bool:
-    """Whether an earlier start has finished the run already."""
-    path = run / "evaluation.json"
-    return path.exists() and json.loads(path.read_text())["step"] == step
-
-
-def _write_result(
-    run: Path, evaluated: Evaluation, train: TokenStream, held_out: TokenStream, step: int
-) -> None:
-    """evaluation.json: the final held-out loss beside the n-gram models' on the same tokens."""
-    # of random tokens n-grams would tell nothing
-    losses = {} if train.info.synthetic else ngram_losses(train, held_out, evaluated.tokens)
-    baselines = {
-        name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, held_out.split)}
-        for name, loss in losses.items()
-    }
-    result = {"step": step, **asdict(evaluated), "baselines": baselines}
-    partial_path = run / "evaluation.tmp"
-    partial_path.write_text(json.dumps(result, indent=1) + "\n")
-    partial_path.replace(run / "evaluation.json")
-
-
-def _describe_start(report: Report, config: Config, device: torch.device, step: int) -> None:
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    with warnings.catch_warnings(record=True) as caught:
-        backend = choose_backend("auto", (torch.empty(0, dtype=dtype, device=device),))
-    for warning in caught:
-        _warn(report, str(warning.message))
-    report(
-        {
-            "event": "start",
-            "step": step,
-            "steps": config.train.steps,
-            "parameters": parameters(config.model),
-            "workers": config.launch.workers,
-            "dp": config.dp,
-            "sp": config.parallel.sp,
-            "shard_tokens": config.shard_tokens,
-            "scan": backend,
-        }
-    )
-
-
-def _warn(report: Report, message: str) -> None:
-    report({"event": "warning", "message": message})

@@ -1,104 +1,150 @@
-"""The scan in plain torch: any device, no build, differentiable through hand-written backwards.
+"""The scan in plain torch: any recurrence, any device, no build, and hand-written backwards.
 
 Time is cut into about sqrt(T) chunks of about sqrt(T) steps. One loop over the steps of a chunk
-runs all chunks at once, so that T steps cost about sqrt(T) tensor operations. Like every backend:
-
-    summarize           inputs -> the span as one map, h -> decay * h + state
-    forward             inputs, entering state -> h, h_last
-    summarize_backward  output gradients -> the backward's span: its decay is the forward's own
-    backward            output gradients, gradient entering from the right -> input gradients
+runs all chunks at once, so that T steps cost about sqrt(T) tensor operations.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.scan.recurrence import Inputs, Recurrence, Span
+from models.scan.backend import Grads, Scanned
+from models.scan.recurrence import Inputs, Problem, Recurrence
+from models.scan.span import Decay, Span
 
 
-def supports(device: str, dtype: torch.dtype) -> bool:
-    """Every device and float dtype."""
-    return dtype.is_floating_point
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot be used on this machine: it always can."""
+def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
+    """Every recurrence, device and dtype."""
     return None
 
 
-def chunk_count(recurrence: Recurrence, inputs: Inputs) -> int:
-    """How many chunk maps a span of these inputs keeps."""
-    steps = inputs[0].shape[1]
-    return -(-steps // math.isqrt(steps))
+def empty(problem: Problem) -> tuple[Span, Scanned]:
+    """A span keeps its chunks' maps; a forward its states, where they are not y itself."""
+    decay, state = problem.new_decay(), problem.new_state()
+    count = -(-problem.steps // math.isqrt(problem.steps))
+    kept = tuple(x.new_empty(x.shape[0], count, *x.shape[1:]) for x in (decay, state))
+    states: tuple[Tensor, ...] = ()
+    if problem.recurrence.own_output:
+        states = (state.new_empty(state.shape[0], problem.steps, *state.shape[1:]),)
+    span = Span(decay, state, kept, problem.recurrence.kind)
+    return span, Scanned(problem.new_output(), problem.new_state(), states)
 
 
-def summarize(recurrence: Recurrence, inputs: Inputs, reset: Tensor | None) -> Span:
-    """The map h -> decay * h + state of all T steps. reset [B, T] or None."""
-    a, b = recurrence.gates(inputs)
-    a = _apply_reset(a, reset)
-    return _summarize_linear(a, b, reverse=False)
+def summarize(problem: Problem) -> Span:
+    """The gates, and their maps composed."""
+    return _Maps.of(problem).summarize()
 
 
-def forward(
-    recurrence: Recurrence,
-    inputs: Inputs,
-    h_in: Tensor,
-    reset: Tensor | None,
-    span: Span | None = None,
-) -> tuple[Tensor, Tensor]:
-    """h [B, T, H] in the inputs' dtype and h_last [B, H], from the entering state h_in [B, H]."""
-    a, b = recurrence.gates(inputs)
-    a = _apply_reset(a, reset)
-    span = span or _summarize_linear(a, b, reverse=False)
-    h = _scan_linear(a, b, span, h_in, reverse=False)
-    return h.to(inputs[0].dtype), torch.addcmul(span.state, span.decay, h_in)
+def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
+    """The states entering all chunks, then the chunks."""
+    recurrence, inputs = problem.recurrence, problem.inputs
+    maps = _Maps.of(problem)
+    span = span or maps.summarize()
+    h = maps.states(span, h_in)
+    if recurrence.own_output:
+        y = recurrence.output(inputs, h).to(inputs[0].dtype)
+        return Scanned(y, span.apply(h_in), (h,))
+    return Scanned(h.to(inputs[0].dtype), span.apply(h_in))
 
 
-def summarize_backward(
-    recurrence: Recurrence, inputs: Inputs, grad_h: Tensor, reset: Tensor | None
-) -> Span:
-    """The backward as one map, G_out -> decay * G_out + state, of the gradient flowing leftwards.
-
-    With q_t = grad_h_t + G_{t+1} and G_t = a_t q_t, G is itself a linear recurrence run from right
-    to left: G_t = a_t G_{t+1} + a_t grad_h_t.
-    """
-    a = _apply_reset(recurrence.gates(inputs)[0], reset)
-    return _summarize_linear(a, a * grad_h, reverse=True)
+def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
+    """With o_t the gradient of h_t from outside, q_t = o_t + G_{t+1} and G_t = a_t q_t: a linear
+    recurrence run from right to left, G_t = a_t G_{t+1} + a_t o_t."""
+    return _Maps.of_gradient(problem, grad_y)[0].summarize()
 
 
 def backward(
-    recurrence: Recurrence,
-    inputs: Inputs,
-    h: Tensor,
-    h_in: Tensor,
-    grad_h: Tensor,
-    grad_out: Tensor,
-    reset: Tensor | None,
-    span: Span | None = None,
+    problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
 ) -> tuple[Inputs, Tensor]:
-    """Gradients of the inputs and of h_in.
-
-    h [B, T, H] is the forward's output, h_in [B, H] its entering state, grad_h [B, T, H] and
-    grad_out [B, H] the gradients of h and of h_last. Returns (input gradients, grad_h_in [B, H]).
-    """
-    a = _apply_reset(recurrence.gates(inputs)[0], reset)
-    span = span or _summarize_linear(a, a * grad_h, reverse=True)
-    flow = _scan_linear(a, a * grad_h, span, grad_out, reverse=True)
+    """The flow of the gradient, and what it leaves at every step."""
+    recurrence, inputs, h_in = problem.recurrence, problem.inputs, scanned.h_last
+    grad_y, grad_out = grads
+    maps, grad_h = _Maps.of_gradient(problem, grad_y)
+    span = span or maps.summarize()
+    flow = maps.states(span, grad_out)
     grad_b = torch.cat([flow[:, 1:], grad_out.unsqueeze(1)], dim=1).add_(grad_h)
+    h = scanned.kept[0] if recurrence.own_output else scanned.y
     previous = torch.cat([h_in.unsqueeze(1), h[:, :-1].to(h_in.dtype)], dim=1)
-    grad_a = _apply_reset(previous.mul_(grad_b), reset)
-    grads = recurrence.gates_backward(inputs, grad_a, grad_b)
-    return grads, torch.addcmul(span.state, span.decay, grad_out)
+    grad_a = problem.cleared(recurrence.kind.gradient(grad_b, previous, maps.a.shape))
+    gradients = recurrence.gates_backward(inputs, grad_a, grad_b)
+    if recurrence.own_output:
+        read = recurrence.output_gradients(inputs, h, grad_y)
+        gradients = tuple(
+            g if r is None else (g + r).to(g.dtype) for g, r in zip(gradients, read, strict=True)
+        )
+    return gradients, span.apply(grad_out)
 
 
-def _apply_reset(a: Tensor, reset: Tensor | None) -> Tensor:
-    """A reset at t clears the state before step t: its decay is zero, nothing else changes."""
-    return a if reset is None else a.masked_fill(reset.bool().unsqueeze(-1), 0.0)
+@dataclass(frozen=True)
+class _Maps:
+    """h = a h + b at every step, run to the right or (reverse) to the left; [B, T, ...] each."""
+
+    a: Tensor
+    b: Tensor
+    kind: Decay
+    reverse: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Maps":
+        a, b = problem.recurrence.gates(problem.inputs)
+        return cls(problem.cleared(a), b, problem.recurrence.kind)
+
+    @classmethod
+    def of_gradient(cls, problem: Problem, grad_y: Tensor) -> tuple["_Maps", Tensor]:
+        """Of the gradient's flow; and the gradient of every h from outside."""
+        recurrence = problem.recurrence
+        a = problem.cleared(recurrence.gates(problem.inputs)[0])
+        a = recurrence.kind.adjoint(a)
+        grad_h = grad_y
+        if recurrence.own_output:
+            grad_h = recurrence.state_gradient(problem.inputs, grad_y)
+        flows = recurrence.kind.compose(a, grad_h)
+        return cls(a, flows, recurrence.kind, reverse=True), grad_h
+
+    def order(self, length: int) -> range:
+        return range(length - 1, -1, -1) if self.reverse else range(length)
+
+    def summarize(self) -> Span:
+        """Maps of the chunks, and of all of them."""
+        decays, states = [], []
+        for a, b in zip(_chunks(self.a), _chunks(self.b), strict=True):
+            decay, state = self._composed(a, b, dim=2)
+            decays.append(decay)
+            states.append(state)
+        kept = torch.cat(decays, dim=1), torch.cat(states, dim=1)
+        return Span(*self._composed(*kept, dim=1), kept, self.kind)
+
+    def _composed(self, a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The steps along a dimension as one."""
+        first, *rest = self.order(a.shape[dim])
+        decay, state = a.select(dim, first).clone(), b.select(dim, first).clone()
+        for t in rest:
+            state = self.kind.step(a.select(dim, t), state, b.select(dim, t))
+            decay = self.kind.compose(a.select(dim, t), decay)
+        return decay.resolve_conj(), state
+
+    def states(self, span: Span, entering: Tensor) -> Tensor:
+        """The state after every step [B, T, ...], from the one that enters at the open end."""
+        chunk_decay, chunk_state = span.kept
+        starts = torch.empty_like(chunk_state)  # the state entering each chunk
+        for n in self.order(chunk_state.shape[1]):
+            starts[:, n] = entering
+            entering = self.kind.step(chunk_decay[:, n], entering, chunk_state[:, n])
+        h = torch.empty_like(self.b, memory_format=torch.contiguous_format)
+        first = 0
+        for a, b, out in zip(*map(_chunks, (self.a, self.b, h)), strict=True):
+            state = starts[:, first : first + a.shape[1]]
+            for t in self.order(a.shape[2]):
+                state = self.kind.step(a[:, :, t], state, b[:, :, t])
+                out[:, :, t] = state
+            first += a.shape[1]
+        return h
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
-    """Views of x [B, T, H]: [B, N, C, H] whole chunks, and [B, 1, R, H] for the rest if any."""
+    """Views of x [B, T, ...]: [B, N, C, ...] whole chunks, and [B, 1, R, ...] for the rest."""
     steps = x.shape[1]
     length = math.isqrt(steps)
     whole = steps // length * length
@@ -106,47 +152,3 @@ def _chunks(x: Tensor) -> list[Tensor]:
     if whole < steps:
         views.append(x[:, whole:].unsqueeze(1))
     return views
-
-
-def _summarize_linear(a: Tensor, b: Tensor, reverse: bool) -> Span:
-    """Chunk maps and the span's map of h = a * h + b, run to the right or (reverse) to the left."""
-    decays, states = [], []
-    for a_chunks, b_chunks in zip(_chunks(a), _chunks(b), strict=True):
-        order = _order(a_chunks.shape[2], reverse)
-        decay, state = a_chunks[:, :, order[0]].clone(), b_chunks[:, :, order[0]].clone()
-        for t in order[1:]:
-            state = torch.addcmul(b_chunks[:, :, t], a_chunks[:, :, t], state)
-            decay *= a_chunks[:, :, t]
-        decays.append(decay)
-        states.append(state)
-    chunk_decay, chunk_state = torch.cat(decays, dim=1), torch.cat(states, dim=1)
-    order = _order(chunk_decay.shape[1], reverse)
-    decay, state = chunk_decay[:, order[0]].clone(), chunk_state[:, order[0]].clone()
-    for n in order[1:]:
-        state = torch.addcmul(chunk_state[:, n], chunk_decay[:, n], state)
-        decay *= chunk_decay[:, n]
-    return Span(decay, state, torch.stack([chunk_decay, chunk_state]))
-
-
-def _scan_linear(a: Tensor, b: Tensor, span: Span, entering: Tensor, reverse: bool) -> Tensor:
-    """h [B, T, H] of the summarised recurrence, from the state that enters at its open end."""
-    chunk_decay, chunk_state = span.chunks
-    starts = torch.empty_like(chunk_state)  # the state entering each chunk
-    for n in _order(chunk_state.shape[1], reverse):
-        starts[:, n] = entering
-        entering = torch.addcmul(chunk_state[:, n], chunk_decay[:, n], entering)
-    h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    first = 0
-    for a_chunks, b_chunks, h_chunks in zip(_chunks(a), _chunks(b), _chunks(h), strict=True):
-        count = a_chunks.shape[1]
-        state = starts[:, first : first + count]
-        for t in _order(a_chunks.shape[2], reverse):
-            state = torch.addcmul(
-                b_chunks[:, :, t], a_chunks[:, :, t], state, out=h_chunks[:, :, t]
-            )
-        first += count
-    return h
-
-
-def _order(length: int, reverse: bool) -> range:
-    return range(length - 1, -1, -1) if reverse else range(length)

@@ -1,6 +1,6 @@
-"""The CPU backend: native.cpp, built at first use, with chunked.py's four functions.
+"""The CPU backend: kernels/scan.cpp around a recurrence's own gates in C++, built at first use.
 
-The library is compiled by g++ (or $CXX) in about ten seconds and cached under
+The library of a recurrence is compiled by g++ (or $CXX) in some seconds and cached under
 $XDG_CACHE_HOME/longhaul, by source, flags and processor. Workers that start together build it once:
 each waits for the lock of the one that builds, and a finished library appears by a rename.
 """
@@ -12,16 +12,18 @@ import os
 import platform
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.scan.recurrence import Inputs, Recurrence, Span, state_dtype
+from models.scan.backend import Grads, Scanned
+from models.scan.recurrence import Inputs, Problem, Recurrence
+from models.scan.span import Span
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-HEADER = Path(__file__).with_name("native_gates.h")
+SOURCE = Path(__file__).parent / "kernels" / "scan.cpp"
 # -ffast-math is not among them: it would change denormals for the whole process.
 FLAGS = [
     "-std=c++17",
@@ -34,166 +36,124 @@ FLAGS = [
     "-shared",
     "-fPIC",
 ]
-# The numbers by which native.cpp knows recurrences, dtypes and kernels.
-RECURRENCE_NUMBERS = {"linear": 0, "mingru": 1, "minlstm": 2, "minlstm-unnormalized": 3}
+# The numbers by which scan.cpp knows dtypes and kernels, and its limit on inputs.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
+MOST_INPUTS = 4
 
 
 class _Arguments(ctypes.Structure):
-    """native.cpp's struct of the same name."""
+    """scan.cpp's struct of the same name."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "steps", "width")),
+        *((name, ctypes.c_void_p * MOST_INPUTS) for name in ("x", "out")),
         *(
             (name, ctypes.c_void_p)
-            for name in (
-                "x",
-                "y",
-                "reset",
-                "h",
-                "grad_h",
-                "state_in",
-                "h_in",
-                "out",
-                "out_y",
-                "decay",
-                "state",
-            )
+            for name in ("reset", "h", "grad_h", "state_in", "h_in", "decay", "state")
         ),
         ("threads", ctypes.c_int32),
     ]
 
 
-def supports(device: str, dtype: torch.dtype) -> bool:
-    """Whether the library takes inputs of this device and dtype."""
-    return device == "cpu" and dtype in DTYPES
-
-
-def unavailable() -> str | None:
-    """Why the library cannot be used on this machine; None when it can. Builds it if need be."""
+def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
+    """Why the library cannot run it on this machine; builds it if need be."""
+    if device != "cpu" or dtype not in DTYPES:
+        return f"it is not made for {dtype} on {device}"
+    if recurrence.native_gates is None:
+        return f"{recurrence.name} has no gates in C++"
     try:
-        _library()
+        _library(*recurrence.native_gates)
     except (OSError, RuntimeError) as error:  # no compiler, or no home for its cache
         return str(error)
     return None
 
 
-def chunk_count(recurrence: Recurrence, inputs: Inputs) -> int:
-    """How many chunk maps a span of these inputs keeps."""
-    return 0
+def empty(problem: Problem) -> tuple[Span, Scanned]:
+    """Nothing of size T is kept."""
+    return Span(problem.new_decay(), problem.new_state()), Scanned(
+        problem.new_output(), problem.new_state()
+    )
 
 
-def summarize(recurrence: Recurrence, inputs: Inputs, reset: Tensor | None) -> Span:
-    """As chunked.summarize; reads the inputs once and keeps nothing of size T."""
-    span = _new_span(recurrence, inputs)
-    _run(SUMMARIZE, recurrence, inputs, reset, decay=span.decay, state=span.state)
+def summarize(problem: Problem) -> Span:
+    """Reads the inputs once."""
+    span = empty(problem)[0]
+    _Call(problem).run(SUMMARIZE, decay=span.decay, state=span.state)
     return span
 
 
-def forward(
-    recurrence: Recurrence,
-    inputs: Inputs,
-    h_in: Tensor,
-    reset: Tensor | None,
-    span: Span | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As chunked.forward, in one pass; a span is not needed."""
-    h = inputs[0].new_empty(recurrence.state_shape(inputs))
-    h_last = torch.empty_like(h_in, memory_format=torch.contiguous_format)
-    _run(FORWARD, recurrence, inputs, reset, state_in=h_in, out=h, state=h_last)
-    return h, h_last
+def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
+    """In one pass; a span is not needed."""
+    scanned = empty(problem)[1]
+    call = _Call(problem, out=(scanned.y,))
+    call.run(FORWARD, state_in=h_in, state=scanned.h_last)
+    return scanned
 
 
-def summarize_backward(
-    recurrence: Recurrence, inputs: Inputs, grad_h: Tensor, reset: Tensor | None
-) -> Span:
-    """As chunked.summarize_backward."""
-    span = _new_span(recurrence, inputs)
-    _run(
-        SUMMARIZE_BACKWARD,
-        recurrence,
-        inputs,
-        reset,
-        grad_h=grad_h,
-        decay=span.decay,
-        state=span.state,
-    )
+def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
+    """Reads the gradient, and what the decay is made of."""
+    span = empty(problem)[0]
+    _Call(problem).run(SUMMARIZE_BACKWARD, grad_h=grad_y, decay=span.decay, state=span.state)
     return span
 
 
 def backward(
-    recurrence: Recurrence,
-    inputs: Inputs,
-    h: Tensor,
-    h_in: Tensor,
-    grad_h: Tensor,
-    grad_out: Tensor,
-    reset: Tensor | None,
-    span: Span | None = None,
+    problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
 ) -> tuple[Inputs, Tensor]:
-    """As chunked.backward, in one pass."""
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    grad_h_in = torch.empty_like(h_in, memory_format=torch.contiguous_format)
-    _run(
+    """In one pass; a span is not needed."""
+    grad_y, grad_out = grads
+    gradients = tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem.inputs
+    )
+    grad_h_in = problem.new_state()
+    _Call(problem, out=gradients).run(
         BACKWARD,
-        recurrence,
-        inputs,
-        reset,
-        h=h,
-        grad_h=grad_h,
+        h=scanned.y,
+        grad_h=grad_y,
         state_in=grad_out,
-        h_in=h_in,
-        out=grads[0],
-        out_y=grads[1] if len(grads) > 1 else None,
+        h_in=scanned.h_last,
         state=grad_h_in,
     )
-    return grads, grad_h_in
+    return gradients, grad_h_in
 
 
-def _new_span(recurrence: Recurrence, inputs: Inputs) -> Span:
-    """Uninitialised."""
-    batch, _, width = recurrence.state_shape(inputs)
-    shapes = (batch, width), (batch, width), (2, batch, 0, width)
-    return Span(*(inputs[0].new_empty(shape, dtype=state_dtype(inputs)) for shape in shapes))
+@dataclass(frozen=True)
+class _Call:
+    """A call of the library. Tensors it writes are new and contiguous; others are made so."""
 
+    problem: Problem
+    out: Inputs = ()
 
-def _run(
-    kernel: int,
-    recurrence: Recurrence,
-    inputs: Inputs,
-    reset: Tensor | None,
-    **tensors: Tensor | None,
-) -> None:
-    """Call the library. Tensors it writes are new and contiguous; those it reads are made so."""
-    batch, steps, width = recurrence.state_shape(inputs)
-    named = {
-        "x": inputs[0],
-        "y": inputs[1] if len(inputs) > 1 else None,
-        "reset": None if reset is None else reset.to(torch.uint8),
-        **tensors,
-    }
-    alive = {name: x.contiguous() for name, x in named.items() if x is not None}
-    arguments = _Arguments(
-        batch=batch,
-        steps=steps,
-        width=width,
-        threads=torch.get_num_threads(),
-        **{name: x.data_ptr() for name, x in alive.items()},
-    )
-    index = RECURRENCE_NUMBERS.get(recurrence.name)
-    if index is None:
-        raise ValueError(f"native.cpp has no kernel for {recurrence.name!r}: use 'chunked'")
-    dtype = DTYPES[inputs[0].dtype]
-    _library().longhaul_scan(kernel, index, dtype, ctypes.byref(arguments))
+    def run(self, kernel: int, **tensors: Tensor) -> None:
+        problem = self.problem
+        if problem.reset is not None:
+            tensors["reset"] = problem.reset.to(torch.uint8)
+        inputs = [x.contiguous() for x in problem.inputs]  # alive until the call has ended
+        alive = {name: x.contiguous() for name, x in tensors.items()}
+        pointers = ctypes.c_void_p * MOST_INPUTS
+        arguments = _Arguments(
+            batch=problem.batch,
+            steps=problem.steps,
+            width=problem.width,
+            x=pointers(*(x.data_ptr() for x in inputs)),
+            out=pointers(*(x.data_ptr() for x in self.out)),
+            threads=torch.get_num_threads(),
+            **{name: x.data_ptr() for name, x in alive.items()},
+        )
+        gates = problem.recurrence.native_gates
+        assert gates is not None
+        _library(*gates).longhaul_scan(kernel, DTYPES[inputs[0].dtype], ctypes.byref(arguments))
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library(header: Path, gates: str) -> ctypes.CDLL:
     """The compiled library. Raises OSError with the reason where it cannot be built or loaded."""
     compiler = os.environ.get("CXX", "g++")
-    sources = SOURCE.read_text(), HEADER.read_text()
-    described = (*sources, compiler, *FLAGS, platform.machine(), _processor())
+    flags = [*FLAGS, f"-DGATES={gates}", f'-DGATES_HEADER="{header}"']
+    sources = sorted({header, SOURCE, *SOURCE.parents[1].rglob("*.h")})
+    texts = [path.read_text() for path in sources]
+    described = (*texts, compiler, *FLAGS, gates, platform.machine(), _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = home / "longhaul" / f"scan-{key}.so"
@@ -202,21 +162,22 @@ def _library() -> ctypes.CDLL:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                _build(compiler, path)
+                _build([compiler, *flags], path)
     return ctypes.CDLL(str(path))
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         try:
             done = subprocess.run(
-                [compiler, *FLAGS, "-o", str(built), str(SOURCE)], capture_output=True, text=True
+                [*command, "-o", str(built), str(SOURCE)], capture_output=True, text=True
             )
         except FileNotFoundError:
-            raise OSError(f"no compiler {compiler!r}: install g++, or name one in CXX") from None
+            raise OSError(f"no compiler {command[0]!r}: install g++, or name one in CXX") from None
         if done.returncode:
-            raise OSError(f"{compiler} cannot build {SOURCE.name}: {done.stderr.strip()[-2000:]}")
+            reason = done.stderr.strip()[-2000:]
+            raise OSError(f"{command[0]} cannot build {SOURCE.name}: {reason}")
         built.replace(path)
 
 

@@ -1,144 +1,173 @@
-"""The three recurrences: how each turns its preactivations into h_t = a_t * h_{t-1} + b_t.
-
-A `Recurrence` holds gates and their derivatives only. How the recurrence is then run over time is
-the business of a backend, and across devices of the two-level scan. chunked.py and the two-level
-scan run any recurrence of RECURRENCES; the fused kernels have their own copy of the gates.
-"""
+"""The contract of a recurrence, and a problem: a recurrence with its inputs and resets."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.scan.span import ELEMENTWISE, Decay
 
 Inputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Span:
-    """A stretch of steps as one affine map, h -> decay * h + state.
-
-    decay, state [B, H] in the state's dtype. chunks [2, B, N, H]: decay and state of the chunks
-    into which the backend cuts the span and which its output pass wants again; N may be 0.
-    """
-
-    decay: Tensor
-    state: Tensor
-    chunks: Tensor
-
-
 class Recurrence:
-    """Gates of a diagonal recurrence, and their derivatives."""
+    """h_t = a_t h_{t-1} + b_t from gates that see the inputs only, and an output read off it.
+
+    A subclass says what its gates and their derivatives are, in plain torch: `chunked` and
+    `reference` then run it, on one device or many. Loops over time are a backend's business; a
+    kernel's loop is given the gates of `native_gates` or `triton_gates`, where there are any.
+
+    inputs[0] is [B, T, ...]; so are the others, or they are weights that serve every step. Equal
+    recurrences have equal names, others have others: dataclasses with `frozen=True` do.
+    """
 
     name: str  # short and lower case: operators and messages know the recurrence by it
-    parts: int  # preactivations per state channel, in each of the inputs
+    parts: int = 1  # values of a channel, side by side in the last dimension of each input
+    kind: Decay = ELEMENTWISE
+    own_output: bool = False  # whether y is another thing than the state
+    native_gates: tuple[Path, str] | None = None  # a C++ header, and the type in it
+    triton_gates: str | None = None  # module:name of a kernels.gates.TritonGates
 
-    def state_shape(self, inputs: Inputs) -> tuple[int, int, int]:
-        """(B, T, H) of the state that `inputs` drive."""
-        batch, steps, width = inputs[0].shape
-        return batch, steps, width // self.parts
+    def faults(self, inputs: Inputs) -> str | None:
+        """What is wrong with the inputs; None where nothing is."""
+        if any(x.dim() != 3 or x.shape != inputs[0].shape for x in inputs):
+            return f"inputs must be [B, T, ...] alike, got {_shown(inputs)}"
+        if inputs[0].shape[-1] % self.parts:
+            return (
+                f"needs a last dimension of {self.parts} * H, got {inputs[0].shape[-1]}, "
+                f"which {self.parts} does not divide"
+            )
+        return None
+
+    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Of a state, [B, ...]."""
+        return inputs[0].shape[0], inputs[0].shape[-1] // self.parts
+
+    def decay_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Of a step's decay, [B, ...]."""
+        return self.state_shape(inputs)
+
+    def state_dtype(self, inputs: Inputs) -> torch.dtype:
+        """States, carries and accumulators are fp32 whatever the inputs; fp64 stays fp64."""
+        return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+
+    def output_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Of y, [B, T, ...]."""
+        batch, *state = self.state_shape(inputs)
+        return batch, inputs[0].shape[1], *state
+
+    def define(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The gates as they are written down, where `gates` is a form that computes better."""
+        return self.gates(inputs)
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """a, b [B, T, H] in the state's dtype, from `inputs` in any float dtype."""
+        """a [B, T, ...], b [B, T, ...] in the state's dtype, from inputs in any."""
         raise NotImplementedError
 
     def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
-        """Gradients of `inputs`, in the inputs' dtypes, from those of a and b [B, T, H]."""
+        """Gradients of the inputs, in their dtypes, through the gates."""
         raise NotImplementedError
 
+    def output(self, inputs: Inputs, h: Tensor) -> Tensor:
+        """y [B, T, ...] from the states h [B, T, ...] after each step; linear in h."""
+        return h
 
-def state_dtype(inputs: Inputs) -> torch.dtype:
-    """States, carries and accumulators are fp32 whatever the inputs; fp64 inputs keep fp64."""
-    return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    def state_gradient(self, inputs: Inputs, grad_y: Tensor) -> Tensor:
+        """The gradient of h, [B, T, ...], from that of y."""
+        return grad_y
 
-
-def _candidate(v: Tensor) -> tuple[Tensor, Tensor]:
-    """g(v) and g'(v), [B, T, H] each (SCAN: v + 0.5 above zero, sigmoid below)."""
-    s = torch.sigmoid(v)
-    positive = v >= 0
-    return torch.where(positive, v + 0.5, s), torch.where(positive, 1.0, s * (1 - s))
-
-
-@dataclass(frozen=True)
-class Linear(Recurrence):
-    """h_t = a_t * h_{t-1} + b_t with a and b given. inputs = (a, b), [B, T, H] each."""
-
-    name = "linear"
-    parts = 1
-
-    def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        dtype = state_dtype(inputs)
-        return inputs[0].to(dtype), inputs[1].to(dtype)
-
-    def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
-        return grad_a.to(inputs[0].dtype), grad_b.to(inputs[1].dtype)
+    def output_gradients(
+        self, inputs: Inputs, h: Tensor, grad_y: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs through the output, None where it does not read one."""
+        return (None,) * len(inputs)
 
 
 @dataclass(frozen=True)
-class MinGRU(Recurrence):
-    """h_t = (1 - z) h_{t-1} + z g(v), z = sigmoid(k). inputs = (kv,), [B, T, 2H].
+class Problem:
+    """What there is to scan: a recurrence over inputs, cleared before steps that `reset` marks.
 
-    Source: Feng et al. 2024 (arXiv:2410.01201), section 3.1.
+    reset [B, T] or None. A reset at t clears the state before step t: its decay is zero, nothing
+    else needs to know.
     """
 
-    name = "mingru"
-    parts = 2
-
-    def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        k, v = inputs[0].to(state_dtype(inputs)).chunk(2, dim=-1)
-        z = torch.sigmoid(k)
-        return torch.sigmoid(-k), z * _candidate(v)[0]
-
-    def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
-        k, v = inputs[0].to(state_dtype(inputs)).chunk(2, dim=-1)
-        z = torch.sigmoid(k)
-        g, slope = _candidate(v)
-        grad_k = z * torch.sigmoid(-k) * (grad_b * g - grad_a)
-        return (torch.cat([grad_k, grad_b * z * slope], dim=-1).to(inputs[0].dtype),)
-
-
-@dataclass(frozen=True)
-class MinLSTM(Recurrence):
-    """h_t = f h_{t-1} + i g(v), f and i normalised to sum to one if `normalize`.
-
-    inputs = (fiv,), [B, T, 3H]. Source: Feng et al. 2024 (arXiv:2410.01201), section 3.2; the
-    authors' selective-copying and Chomsky runs have the normalisation off.
-    """
-
-    normalize: bool = True
-    parts = 3
+    recurrence: Recurrence
+    inputs: Inputs
+    reset: Tensor | None = None
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return "minlstm" if self.normalize else "minlstm-unnormalized"
+    def batch(self) -> int:
+        return self.inputs[0].shape[0]
 
-    def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        f, i, v = inputs[0].to(state_dtype(inputs)).chunk(3, dim=-1)
-        g = _candidate(v)[0]
-        if not self.normalize:
-            return torch.sigmoid(f), torch.sigmoid(i) * g
-        # f / (f + i) as a sigmoid of log f - log i: it cannot divide zero by zero.
-        difference = F.softplus(-i) - F.softplus(-f)
-        return torch.sigmoid(difference), torch.sigmoid(-difference) * g
+    @property
+    def steps(self) -> int:
+        return self.inputs[0].shape[1]
 
-    def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
-        f, i, v = inputs[0].to(state_dtype(inputs)).chunk(3, dim=-1)
-        g, slope = _candidate(v)
-        if self.normalize:
-            difference = F.softplus(-i) - F.softplus(-f)
-            keep, write = torch.sigmoid(difference), torch.sigmoid(-difference)
-            grad_difference = (grad_a - grad_b * g) * keep * write
-            grad_f = grad_difference * torch.sigmoid(-f)
-            grad_i = -grad_difference * torch.sigmoid(-i)
-        else:
-            keep, write = torch.sigmoid(f), torch.sigmoid(i)
-            grad_f = grad_a * keep * torch.sigmoid(-f)
-            grad_i = grad_b * g * write * torch.sigmoid(-i)
-        grads = torch.cat([grad_f, grad_i, grad_b * write * slope], dim=-1)
-        return (grads.to(inputs[0].dtype),)
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.recurrence.state_shape(self.inputs)
+
+    @property
+    def width(self) -> int:
+        """Channels of a state that is a row of them, [B, H]."""
+        return self.state_shape[-1]
+
+    def cleared(self, a: Tensor) -> Tensor:
+        """a [B, T, ...], zero at resets."""
+        if self.reset is None:
+            return a
+        return a.masked_fill(self.reset.bool().view(*self.reset.shape, *[1] * (a.dim() - 2)), 0.0)
+
+    def new_state(self) -> Tensor:
+        """An uninitialised state."""
+        return self.inputs[0].new_empty(
+            self.state_shape, dtype=self.recurrence.state_dtype(self.inputs)
+        )
+
+    def new_decay(self) -> Tensor:
+        """An uninitialised decay of a span."""
+        return self.inputs[0].new_empty(
+            self.recurrence.decay_shape(self.inputs),
+            dtype=self.recurrence.state_dtype(self.inputs),
+        )
+
+    def new_output(self) -> Tensor:
+        """An uninitialised y, in the inputs' dtype."""
+        return self.inputs[0].new_empty(self.recurrence.output_shape(self.inputs))
+
+    def entering(self, h0: Tensor | None) -> Tensor:
+        """The state that enters, zeros without one. Raises ValueError for what does not fit."""
+        if fault := self._fault(h0):
+            raise ValueError(fault)
+        dtype = self.recurrence.state_dtype(self.inputs)
+        if h0 is None:
+            return self.inputs[0].new_zeros(self.state_shape, dtype=dtype)
+        return h0.to(dtype)
+
+    def _fault(self, h0: Tensor | None) -> str | None:
+        name, inputs, reset = self.recurrence.name, self.inputs, self.reset
+        first = inputs[0]
+        if first.dim() < 2 or any(x.dtype != first.dtype for x in inputs):
+            return f"{name} scan inputs must be [B, T, ...] alike, got {_shown(inputs)}"
+        if not (first.is_floating_point() or first.is_complex()):
+            return f"{name} scan inputs must be float, got {first.dtype}"
+        if fault := self.recurrence.faults(inputs):
+            return f"{name} scan {fault}"
+        if 0 in (self.steps, *self.state_shape[1:]):
+            sizes = f"got T = {self.steps}, H = {self.state_shape[-1]}"
+            return f"{name} scan needs at least one step and one channel, {sizes}"
+        devices = {x.device for x in (*inputs, h0, reset) if x is not None}
+        if len(devices) > 1:
+            shown = " and ".join(sorted(str(device) for device in devices))
+            return f"{name} scan needs all tensors on one device, got {shown}"
+        if reset is not None and reset.shape != first.shape[:2]:
+            return f"reset must be [B, T] = {list(first.shape[:2])}, got {tuple(reset.shape)}"
+        if h0 is not None and h0.shape != self.state_shape:
+            axes = "[B, H]" if len(self.state_shape) == 2 else "[B, ...]"
+            return f"h0 must be {axes} = {list(self.state_shape)}, got {tuple(h0.shape)}"
+        return None
 
 
-RECURRENCES: dict[str, Recurrence] = {
-    recurrence.name: recurrence
-    for recurrence in (Linear(), MinGRU(), MinLSTM(), MinLSTM(normalize=False))
-}
+def _shown(inputs: Inputs) -> str:
+    return ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)

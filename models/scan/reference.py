@@ -1,76 +1,86 @@
-"""The scans as sequential loops: the definition of correct, in whatever precision they are given.
+"""The sequential loop, differentiated by autograd: the definition of correct, for any recurrence.
 
-Nothing here is fast. Every other backend is tested against these functions in fp64.
+Nothing here is fast, and nothing is derived by hand: it knows of a recurrence's gates and output
+what `define` and `output` say, and takes their derivatives, and those of the loop, from autograd.
+Every other backend is tested against it in fp64.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def linear_scan(
-    a: Tensor, b: Tensor, h0: Tensor | None = None, reset: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """h_t = a_t * h_{t-1} + b_t, one step after another.
-
-    a, b [B, T, H]; h0 [B, H] or None for zeros; reset [B, T], nonzero where the state is cleared
-    before the step (a_t = 0). Returns h [B, T, H] and h_last [B, H]; differentiable by autograd.
-    """
-    if reset is not None:
-        a = a * (reset == 0).unsqueeze(-1)
-    h = torch.zeros_like(b[:, 0]) if h0 is None else h0.to(b.dtype)
-    steps = []
-    for t in range(b.shape[1]):
-        h = a[:, t] * h + b[:, t]
-        steps.append(h)
-    return torch.stack(steps, dim=1), h
+from models.scan.backend import Grads, Scanned
+from models.scan.recurrence import Inputs, Problem, Recurrence
+from models.scan.span import Span
 
 
-def candidate(v: Tensor) -> Tensor:
-    """g(v) = v + 0.5 for v >= 0, sigmoid(v) below: positive and continuous.
-
-    Source: Feng et al. 2024 (arXiv:2410.01201), appendix B.
-    """
-    return torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
+    """Every device and dtype."""
+    return None
 
 
-def mingru_gates(kv: Tensor) -> tuple[Tensor, Tensor]:
-    """a = 1 - sigmoid(k), b = sigmoid(k) * g(v). kv [B, T, 2H] -> a, b [B, T, H].
-
-    Source: Feng et al. 2024 (arXiv:2410.01201), section 3.1.
-    """
-    k, v = kv.chunk(2, dim=-1)
-    return torch.sigmoid(-k), torch.sigmoid(k) * candidate(v)
+def empty(problem: Problem) -> tuple[Span, Scanned]:
+    """As summarize and forward return."""
+    span = Span(problem.new_decay(), problem.new_state(), kind=problem.recurrence.kind)
+    return span, Scanned(problem.new_output(), problem.new_state())
 
 
-def minlstm_gates(fiv: Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
-    """a = f', b = i' * g(v), where f' = f / (f + i) and i' = i / (f + i) if `normalize`.
-
-    fiv [B, T, 3H] holds the preactivations of the forget gate, the input gate and the candidate;
-    returns a, b [B, T, H]. Source: Feng et al. 2024 (arXiv:2410.01201), section 3.2.
-    """
-    f, i, v = fiv.chunk(3, dim=-1)
-    f, i = torch.sigmoid(f), torch.sigmoid(i)
-    if normalize:
-        f, i = f / (f + i), i / (f + i)
-    return f, i * candidate(v)
+def summarize(problem: Problem) -> Span:
+    """One step composed with the next, from the first to the last."""
+    kind = problem.recurrence.kind
+    a, b = _maps(problem)
+    decay, state = a[:, 0], b[:, 0]
+    for t in range(1, problem.steps):
+        decay, state = kind.compose(a[:, t], decay), kind.step(a[:, t], state, b[:, t])
+    return Span(decay.clone(), state.clone(), kind=kind)
 
 
-def mingru_log_space(kv: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """minGRU as the paper computes it in parallel: cumulative sums of logarithms.
+@torch.no_grad()
+def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
+    """h_t = a_t h_{t-1} + b_t, one step after another; a span is not needed."""
+    return Scanned(*_loop(problem, h_in))
 
-    Kept as the paper's definition and for comparison: its rounding error grows with T (1e-1 at a
-    million tokens in fp32) and it needs h0 and candidates to be positive.
-    kv [B, T, 2H], h0 [B, H] > 0 or None. Returns h [B, T, H], h_last [B, H].
-    Source: Feng et al. 2024 (arXiv:2410.01201), appendix B.2.1 (Heinsen's scan).
-    """
-    k, v = kv.chunk(2, dim=-1)
-    log_a = -F.softplus(k)
-    log_g = torch.where(v >= 0, (F.relu(v) + 0.5).log(), -F.softplus(-v))
-    log_b = -F.softplus(-k) + log_g
-    if h0 is not None:
-        log_b = torch.cat([h0.log().unsqueeze(1), log_b], dim=1)
-        log_a = F.pad(log_a, (0, 0, 1, 0))
-    log_decay = log_a.cumsum(dim=1)
-    h = (log_decay + torch.logcumsumexp(log_b - log_decay, dim=1)).exp()[:, -k.shape[1] :]
-    return h, h[:, -1]
+
+def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
+    """The state of the map: what the outputs alone send back to the state that enters."""
+    with torch.enable_grad():
+        h_in = torch.zeros_like(problem.new_state()).requires_grad_()
+        (state,) = torch.autograd.grad(_loop(problem, h_in)[0], h_in, grad_y)
+    span = summarize(problem)
+    kind = problem.recurrence.kind
+    return Span(kind.adjoint(span.decay).resolve_conj(), state, kind=kind)
+
+
+def backward(
+    problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
+) -> tuple[Inputs, Tensor]:
+    """The loop again, with a graph."""
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in problem.inputs)
+        h_in = scanned.h_last.detach().requires_grad_()
+        results = _loop(Problem(problem.recurrence, leaves, problem.reset), h_in)
+        *gradients, grad_h_in = torch.autograd.grad(
+            results, [*leaves, h_in], list(grads), materialize_grads=True
+        )
+    return tuple(gradients), grad_h_in
+
+
+def _wide(problem: Problem) -> Inputs:
+    """The inputs in fp32, or wider where they are."""
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in problem.inputs)
+
+
+def _maps(problem: Problem) -> tuple[Tensor, Tensor]:
+    """a and b of every step."""
+    a, b = problem.recurrence.define(_wide(problem))
+    return problem.cleared(a), b
+
+
+def _loop(problem: Problem, h: Tensor) -> tuple[Tensor, Tensor]:
+    """y of every step, and the state after the last."""
+    a, b = _maps(problem)
+    states = []
+    for t in range(problem.steps):
+        h = problem.recurrence.kind.step(a[:, t], h, b[:, t])
+        states.append(h)
+    y = problem.recurrence.output(_wide(problem), torch.stack(states, dim=1))
+    return y.to(problem.inputs[0].dtype), h

@@ -24,8 +24,8 @@ from models.scan import RECURRENCES, scan
 from tests.benchmarks import results
 from tests.distributed import run_distributed
 from trainer.memory import keep_freed_memory
+from trainer.parallel.carry import CarryExchange
 from trainer.parallel.topology import Topology
-from trainer.parallel.two_level_scan import two_level_scan
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -48,7 +48,7 @@ def _measure(steps: int, width: int, repeats: int) -> dict[str, Any]:
         torch.distributed.barrier()
         group.meter.take()
         start = time.perf_counter()
-        h, _ = two_level_scan(recurrence, (kv,), None, group)
+        h, _ = scan(recurrence, (kv,), exchange=CarryExchange(group))
         torch.autograd.grad(h, kv, grad)
         if repeat >= 2:
             seconds.append(time.perf_counter() - start)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from launch.plot import plot_lines
+from launch.plot import Axes, plot_lines
 from models.scan import RECURRENCES, choose_backend, scan
 from tests.benchmarks import results
 from tests.benchmarks.scan_peers import DEVICE, GPU_PEERS, PEERS, Case, Run, ours
@@ -32,7 +32,7 @@ TARGETS = {"linear": (0.85, 0.75), "mingru": (0.6, 0.6), "minlstm": (0.6, 0.6)}
 
 def contenders(case: Case, which: str) -> tuple[dict[str, Run], dict[str, str]]:
     """What can run this pass, ours first, and why the others cannot."""
-    backend = choose_backend("auto", case.inputs)
+    backend = choose_backend("auto", case.recurrence, DEVICE, case.dtype)
     runs, missing = {backend: ours(case, which, backend)}, {}
     if case.shape[1] <= 1 << 16:
         runs["chunked"] = ours(case, which, "chunked")
@@ -58,7 +58,9 @@ def gate() -> None:
                 exact = tuple(x.detach().double().requires_grad_() for x in case.inputs)
                 want = scan(recurrence, exact, case.h_in.double(), backend=definition)
                 wanted = (*want, *torch.autograd.grad(want[0], exact, case.grad_h.double()))
-                for backend in dict.fromkeys((choose_backend("auto", case.inputs), "chunked")):
+                for backend in dict.fromkeys(
+                    (choose_backend("auto", recurrence, DEVICE, dtype), "chunked")
+                ):
                     got = scan(recurrence, case.inputs, case.h_in, backend=backend)
                     both = (*got, *torch.autograd.grad(got[0], case.inputs, case.grad_h))
                     for a, e in zip(both, wanted, strict=True):
@@ -205,10 +207,12 @@ def main() -> None:
     plot_lines(
         results.result_path("scan", ".png"),
         series,
-        title=f"minGRU scan, forward and backward, fp32, B=1, H={width} ({results.hardware()})",
-        x="tokens T",
-        lengths=True,
-        y="useful GB/s",
+        Axes(
+            f"minGRU scan, forward and backward, fp32, B=1, H={width} ({results.hardware()})",
+            "tokens T",
+            "useful GB/s",
+            lengths=True,
+        ),
         reference="memory limit",
     )
 

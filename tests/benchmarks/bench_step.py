@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -24,14 +23,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from models.flops import parameters, training_flops_per_token
-from models.lm import LanguageModel
 from tests.benchmarks import results
 from trainer.config import Config, load_config
-from trainer.data import MicroBatch
-from trainer.engine import Engine
-from trainer.memory import keep_freed_memory, peak_memory_bytes
-from trainer.parallel.topology import Topology, initialize_distributed
-from trainer.step import accumulate_gradients, prepare_model
+from trainer.measure import timed_steps
+from trainer.memory import peak_memory_bytes
+from trainer.worker import Worker
 
 # Part of a step <- words in an operator's name; the first that matches.
 PARTS = {
@@ -74,7 +70,6 @@ def main() -> None:
         _write({name: _run_alone(arguments) for name, arguments in CASES.items()})
         return
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*options.overrides, f"run.dir={folder}"]
         whole = load_config(options.config, overrides)
@@ -120,30 +115,14 @@ def _write(cases: dict[str, dict[str, Any]]) -> None:
 
 
 def _profile(config: Config, steps: int) -> dict[str, Any]:
-    device = initialize_distributed(60, use_gpu=torch.cuda.is_available())
-    topology = Topology(1)
-    torch.manual_seed(0)
-    model = LanguageModel(config.model)
-    prepare_model(model, config, topology)
-    engine = Engine(model, config, topology, device)
-    shape = config.train.micro_batch_size, config.train.seq_len + 1
-    tokens = torch.randint(config.model.vocab_size, shape)
-    batch = [MicroBatch(tokens[:, :-1], tokens[:, 1:], None)]
-
-    def step() -> None:
-        accumulate_gradients(engine, batch, config, device)
-        engine.step(1e-4)
-
+    worker = Worker.join(config)
+    clock = timed_steps(worker)
     for _ in range(3):
-        step()
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+        next(clock)
+    seconds = [next(clock) for _ in range(steps)]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
-            step()
+            next(clock)
     parts: dict[str, float] = defaultdict(float)
     operators: dict[str, float] = {}
     for event in profiler.key_averages():
@@ -155,7 +134,7 @@ def _profile(config: Config, steps: int) -> dict[str, Any]:
         parts[part] += event.self_cpu_time_total
     total = sum(parts.values())
     median = statistics.median(seconds)
-    count = shape[0] * (shape[1] - 1)
+    count = config.train.micro_batch_size * config.train.seq_len
     return {
         "hardware": results.hardware(),
         "threads": torch.get_num_threads(),
@@ -168,7 +147,7 @@ def _profile(config: Config, steps: int) -> dict[str, Any]:
         "gflops": round(
             training_flops_per_token(config.model, config.train.seq_len) * count / median / 1e9, 1
         ),
-        "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
+        "peak_memory_gib": round(peak_memory_bytes(worker.device) / 2**30, 2),
         "share": {p: round(t / total, 3) for p, t in sorted(parts.items(), key=lambda x: -x[1])},
         "largest": {
             name: round(time / total, 3)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.scan import RECURRENCES, Inputs, operators, reference, scan
+from models.scan import RECURRENCES, Inputs, Problem, scan
+from models.scan import backend as backends
+from models.scan.recurrences.mingru.log_space import mingru_log_space
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,15 +47,14 @@ class Case:
 
 
 def ours(case: Case, which: str, backend: str) -> Run:
-    inputs = tuple(x.detach() for x in case.inputs)
+    problem = Problem(case.recurrence, tuple(x.detach() for x in case.inputs))
     if which == "forward":
-        return lambda: operators.forward(backend, case.recurrence, inputs, case.h_in, None)
+        return lambda: backends.forward(backend, problem, case.h_in)
     if which == "backward":
-        h, _ = operators.forward(backend, case.recurrence, inputs, case.h_in, None)
+        h = backends.forward(backend, problem, case.h_in).y
+        entered = backends.Scanned(h, case.h_in)
         grads = (case.grad_h, torch.zeros_like(case.h_in))
-        return lambda: operators.backward(
-            backend, case.recurrence, inputs, h, case.h_in, *grads, None
-        )
+        return lambda: backends.backward(backend, problem, entered, grads)
     return _with_gradient(case, lambda *x: scan(case.recurrence, x, case.h_in, backend=backend)[0])
 
 
@@ -72,7 +73,7 @@ def log_space(case: Case, which: str) -> Run | None:
     """The paper's parallel form, with plain torch."""
     if case.name != "mingru" or case.dtype != torch.float32:
         return None
-    return _peer(case, which, lambda kv: reference.mingru_log_space(kv)[0])
+    return _peer(case, which, lambda kv: mingru_log_space(kv)[0])
 
 
 def mingru_pytorch(case: Case, which: str) -> Run | None:

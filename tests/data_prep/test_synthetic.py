@@ -11,6 +11,7 @@ from data_prep.verify import verify
 from tests.trainer.runs import figures, plain_training, run
 from trainer.config import ConfigError, DataConfig, load_config
 from trainer.data import IGNORED, SequenceReader, TokenStream
+from trainer.layout import Layout
 
 NEEDLE = SyntheticSettings(
     "needle", length=64, tokens=3, alphabet=5, distances=(4, 20, 60), train=40, held_out=12
@@ -80,7 +81,7 @@ def test_only_answers_are_labels(tmp_path):
     rows = _rows(COPY, tmp_path / "copy")
     stream = TokenStream(DataConfig(path=str(tmp_path / "copy")), "train")
     shards = [
-        SequenceReader(stream, 64, shard, 2, False).micro_batch([5 * 64, 9 * 64])
+        SequenceReader(stream, Layout(64, 2, shard), False).micro_batch([5 * 64, 9 * 64])
         for shard in (0, 1)
     ]
     assert [int((shard.labels != IGNORED).sum()) for shard in shards] == [0, 14]

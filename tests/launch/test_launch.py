@@ -18,7 +18,7 @@ from tests.distributed import free_port
 from tests.test_readme import job_command
 from tests.trainer.runs import figures
 from tests.trainer.runs import run as run_ranks
-from trainer.metrics import read_lines
+from trainer.run_folder import read_lines
 
 ROOT = Path(__file__).parents[2]
 METRICS = {

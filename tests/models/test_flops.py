@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import MIXER_NAMES, ModelConfig
+from models.config import ModelConfig
 from models.flops import (
     forward_flops_per_token,
     matrix_flops_per_token,
@@ -12,6 +12,7 @@ from models.flops import (
     training_flops_per_token,
 )
 from models.lm import LanguageModel
+from models.mixers import MIXERS
 
 STEPS, WINDOW = 512, 48
 SHAPES = [{}, {"kv_heads": 2, "mlp_ratio": 4.0}, {"gate": False, "expansion": 2.0, "layers": 3}]
@@ -35,7 +36,7 @@ def _counted(config: ModelConfig) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
-@pytest.mark.parametrize("mixer", [*MIXER_NAMES, ["mingru", "attention"]], ids=str)
+@pytest.mark.parametrize("mixer", [*MIXERS, ["mingru", "attention"]], ids=str)
 def test_formula_equals_torchs_counter(mixer, changes):
     """To 1 %. torch counts the whole square of scores, the half above its diagonal too."""
     config = _config(mixer, **changes)

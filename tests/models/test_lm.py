@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import MIXER_NAMES, ModelConfig
+from models.config import ModelConfig
 from models.flops import parameters
 from models.lm import LanguageModel
-from models.mixer import MIXERS
+from models.mixers import MIXERS
 
 VARIANTS = [
     {},
@@ -36,14 +36,14 @@ def tokens_and_reset(steps: int = 40) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("mixer", [*MIXER_NAMES, *HYBRIDS], ids=str)
+@pytest.mark.parametrize("mixer", [*MIXERS, *HYBRIDS], ids=str)
 def test_parameters_are_counted_exactly(mixer, changes):
     config = small(mixer, **changes)
     assert parameters(config) == sum(p.numel() for p in LanguageModel(config).parameters())
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("mixer", [*MIXER_NAMES, *HYBRIDS], ids=str)
+@pytest.mark.parametrize("mixer", [*MIXERS, *HYBRIDS], ids=str)
 def test_streamed_in_pieces_equals_whole(mixer, changes):
     """Segments of any length, single tokens too, with resets: decoding equals prefill."""
     model = LanguageModel(small(mixer, **changes)).double()
@@ -60,7 +60,7 @@ def test_streamed_in_pieces_equals_whole(mixer, changes):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_no_token_sees_the_future(mixer):
     """A non-causal convolution once gave a reimplementation a loss of 0.003."""
     model = LanguageModel(small(mixer))
@@ -72,7 +72,7 @@ def test_no_token_sees_the_future(mixer):
     assert not torch.allclose(before[:, 20], after[:, 20])
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_reset_hides_everything_before_it(mixer):
     """A document reads as if it stood alone, from its first token on, and not one later."""
     model = LanguageModel(small(mixer)).double()
@@ -86,7 +86,7 @@ def test_reset_hides_everything_before_it(mixer):
     torch.testing.assert_close(together[:, :15], without[:, :15])
 
 
-@pytest.mark.parametrize("mixer", [*MIXER_NAMES, *HYBRIDS], ids=str)
+@pytest.mark.parametrize("mixer", [*MIXERS, *HYBRIDS], ids=str)
 def test_every_token_in_turn_equals_whole_without_gradients(mixer):
     """Decoding as generation does it: caches grow in place, and a text may go on in two ways."""
     model = LanguageModel(small(mixer)).double()
@@ -124,7 +124,3 @@ def test_initial_loss_is_log_of_the_vocabulary():
     logits, _ = model(tokens)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), abs=0.1)
-
-
-def test_registry_and_configuration_name_the_same_mixers():
-    assert set(MIXERS) == set(MIXER_NAMES)

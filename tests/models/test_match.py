@@ -2,16 +2,17 @@
 
 import pytest
 
-from models.config import MIXER_NAMES, ModelConfig
+from models.config import ModelConfig
 from models.flops import parameters
 from models.lm import LanguageModel
 from models.match import match_parameters
+from models.mixers import MIXERS
 
 HYBRID = ["mingru", "mingru", "window"]
 
 
 @pytest.mark.parametrize("by", ["width", "layers"])
-@pytest.mark.parametrize("mixer", [*MIXER_NAMES, HYBRID], ids=str)
+@pytest.mark.parametrize("mixer", [*MIXERS, HYBRID], ids=str)
 def test_parameters_agree_within_two_percent(mixer, by):
     config = ModelConfig(mixer=mixer, layers=6, width=96, heads=4, kv_heads=1)
     solved = match_parameters(config, 1_000_000, by)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.softmax_attention import attend, attend_window, empty_cache, rotate
+from models.softmax_attention import QKV, attend, attend_window, empty_cache, rotate
 from tests.models.scan.cases import make_reset
 
 BATCH, HEADS, KV_HEADS, WIDTH, BASE = 2, 4, 2, 6, 100.0
@@ -65,5 +65,5 @@ def test_a_token_sees_all_of_its_document_before_it(steps, where):
     document = _documents(reset, steps)
     seen = (document[:, :, None] == document[:, None]).tril()
     cache = empty_cache(BATCH, KV_HEADS, WIDTH, torch.device("cpu"))
-    got, _ = attend(q, k, v, cache, reset, BASE)
+    got, _ = attend(QKV(q, k, v), cache, reset, BASE)
     _check(got, _dense(q, k, v, seen), leaves)

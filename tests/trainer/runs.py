@@ -1,7 +1,7 @@
 """Runs through the whole trainer, for tests, and the definition they must match."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,18 +11,23 @@ from models.lm import LanguageModel
 from tests.distributed import run_distributed
 from trainer.config import load_config
 from trainer.data import SequenceOrder, SequenceReader, TokenStream
+from trainer.events import Event, Started, Stepped, Warned
+from trainer.layout import Layout
 from trainer.optim import build_optimizer, learning_rate
 from trainer.train import train
 
 Figures = list[tuple[float, float]]  # (loss, gradient norm) per step
 
 
-def train_here(config_file: Path, overrides: list[str]) -> list[dict[str, Any]]:
+E = TypeVar("E", bound=Event)
+
+
+def train_here(config_file: Path, overrides: list[str]) -> list[Event]:
     """Run the trainer in this rank; the events that rank 0 reported."""
     config = load_config(config_file, overrides, workers=dist.get_world_size())
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
 
-    def report(event: dict[str, Any]) -> bool:
+    def report(event: Event) -> bool:
         events.append(event)
         return False
 
@@ -30,11 +35,25 @@ def train_here(config_file: Path, overrides: list[str]) -> list[dict[str, Any]]:
     return events
 
 
-def figures(events: list[dict[str, Any]]) -> Figures:
-    return [(e["loss"], e["grad_norm"]) for e in events if e["event"] == "step"]
+def of_kind(events: list[Event], kind: type[E]) -> list[E]:
+    return [event for event in events if isinstance(event, kind)]
 
 
-def run(config_file: Path, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+def figures(events: list[Event]) -> Figures:
+    steps = of_kind(events, Stepped)
+    return [(step.metrics["loss"], step.metrics["grad_norm"]) for step in steps]
+
+
+def started_at(events: list[Event]) -> int:
+    """The step from which the run went on."""
+    return of_kind(events, Started)[0].step
+
+
+def warnings(events: list[Event]) -> list[str]:
+    return [event.message for event in of_kind(events, Warned)]
+
+
+def run(config_file: Path, ranks: int, *overrides: str) -> list[Event]:
     """The events of a run on `ranks` workers."""
     return run_distributed(train_here, ranks, config_file, list(overrides))[0]
 
@@ -43,7 +62,7 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     """The same run as a dozen lines of torch on whole sequences: the definition of correct."""
     config = load_config(config_file, list(overrides))
     stream = TokenStream(config.data, "train")
-    reader = SequenceReader(stream, config.train.seq_len, 0, 1, config.data.reset_state)
+    reader = SequenceReader(stream, Layout(config.train.seq_len), config.data.reset_state)
     order = SequenceOrder(reader.sequences, config.train.seq_len, config.run.seed)
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)

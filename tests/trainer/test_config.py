@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.comparison import load_comparison
+from launch.compare.file import load_comparison
 from trainer.config import dump_config, load_config, load_dumped
 from trainer.settings import ConfigError
 

@@ -7,6 +7,7 @@ import torch
 from data_prep.schema import load_info
 from trainer.config import DataConfig, load_config
 from trainer.data import Position, SequenceOrder, SequenceReader, TokenStream, training_batches
+from trainer.layout import Layout
 
 SEQ_LEN = 960
 
@@ -18,7 +19,7 @@ def data(dataset):
 
 def test_shards_of_any_sp_make_the_same_sequence(data):
     """Data written once, read at any sp: tokens, labels and resets are the whole's, cut."""
-    whole = SequenceReader(TokenStream(data, "train"), SEQ_LEN, 0, 1, with_reset=True)
+    whole = SequenceReader(TokenStream(data, "train"), Layout(SEQ_LEN), with_reset=True)
     begins = [3 * SEQ_LEN, 17]
     expected = whole.micro_batch(begins)
     assert expected.reset is not None
@@ -26,7 +27,9 @@ def test_shards_of_any_sp_make_the_same_sequence(data):
     assert torch.equal(expected.tokens[:, 1:], expected.labels[:, :-1])
     for shards in (2, 3, 5):
         parts = [
-            SequenceReader(TokenStream(data, "train"), SEQ_LEN, s, shards, True).micro_batch(begins)
+            SequenceReader(
+                TokenStream(data, "train"), Layout(SEQ_LEN, shards, s), True
+            ).micro_batch(begins)
             for s in range(shards)
         ]
         for name in ("tokens", "labels", "reset"):
@@ -41,7 +44,7 @@ def test_a_rank_touches_only_the_blocks_of_its_shard(data, dataset):
     for shards in (1, 4):
         for shard in range(shards):
             stream = TokenStream(data, "train")
-            reader = SequenceReader(stream, SEQ_LEN, shard, shards, with_reset=False)
+            reader = SequenceReader(stream, Layout(SEQ_LEN, shards, shard), with_reset=False)
             reader.micro_batch([2 * SEQ_LEN])
             begin = 2 * SEQ_LEN + shard * SEQ_LEN // shards
             end = begin + SEQ_LEN // shards + 1
@@ -75,7 +78,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 def test_a_shifted_epoch_begins_at_a_place_of_its_own(data):
     """Every place is one of seq_len, and the last sequence's last label is there at all of them."""
     stream = TokenStream(data, "train")
-    reader = SequenceReader(stream, SEQ_LEN, 0, 1, False, shift=True)
+    reader = SequenceReader(stream, Layout(SEQ_LEN), False, shift=True)
     order = SequenceOrder(reader.sequences, SEQ_LEN, seed=3, shift=True)
     firsts = []
     for epoch in range(200):
@@ -94,7 +97,7 @@ def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
 
     def steps(workers: int, dp_rank: int, consumed: int) -> list[list[list[int]]]:
         config = load_config(config_file, ["train.batch_size=4"], workers=workers)
-        reader = SequenceReader(TokenStream(config.data, "train"), 192, 0, 1, False)
+        reader = SequenceReader(TokenStream(config.data, "train"), Layout(192), False)
         batches = training_batches(reader, config, dp_rank, consumed)
         return [[b.tokens[0].tolist() for b in next(batches)] for _ in range(3)]
 

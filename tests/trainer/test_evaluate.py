@@ -14,6 +14,7 @@ from tests.trainer.runs import run
 from trainer.config import DataConfig, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.evaluate import ngram_losses
+from trainer.layout import Layout
 
 
 def test_ngram_models_equal_a_count_by_hand(dataset):
@@ -44,7 +45,7 @@ def test_loss_by_position_is_the_mean_over_each_range(config_file, ranks, sp):
     run(config_file, ranks, *options)
     result = json.loads((config_file.parent / "run" / "evaluation.json").read_text())
     config = load_config(config_file, [])
-    reader = SequenceReader(TokenStream(config.data, "held_out"), 192, 0, 1, True)
+    reader = SequenceReader(TokenStream(config.data, "held_out"), Layout(192), True)
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
     batch = reader.micro_batch([0, 192, 384])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_distributed
-from tests.trainer.runs import figures, run, train_here
+from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
 from trainer.config import DataConfig, load_config
 from trainer.data import DataError, SequenceOrder, TokenStream
+from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
 from trainer.train import RunError
 
@@ -90,7 +91,7 @@ def _spoil(config_file: Path, ranks: int, how: str) -> tuple[Path, list]:
     options = ["checkpoint.every=1", "checkpoint.keep=3", "evaluate.sequences=0"]
     events = run(config_file, ranks, *options, f"parallel.sp={ranks}", "train.stop_after=3")
     folder = config_file.parent / "run"
-    newest = checkpoint.checkpoint_folder(folder, 3)
+    newest = RunFolder(folder).checkpoint(3)
     if how == "truncated":
         victim = newest / "deepspeed" / "mp_rank_00_model_states.pt"
         victim.write_bytes(victim.read_bytes()[:-100])
@@ -115,11 +116,10 @@ def _spoil(config_file: Path, ranks: int, how: str) -> tuple[Path, list]:
 def test_damaged_checkpoint_is_set_aside_and_the_last_good_one_loads(config_file, how, said):
     folder, before = _spoil(config_file, 2, how)
     events = run(config_file, 2, "parallel.sp=2", "evaluate.sequences=0")
-    warnings = [e["message"] for e in events if e["event"] == "warning"]
-    assert len(warnings) == 1
-    assert "step-000003 is not used" in warnings[0]
-    assert said in warnings[0]
-    assert next(e for e in events if e["event"] == "start")["step"] == 2
+    (warning,) = warnings(events)
+    assert "step-000003 is not used" in warning
+    assert said in warning
+    assert started_at(events) == 2
     assert figures(events)[0] == figures(before)[2]  # the third step again, to the bit
     assert (folder / "checkpoints" / "step-000003.damaged").is_dir()
 
@@ -127,7 +127,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_last_good_one_loads(config_file
 def test_only_damaged_checkpoints_is_an_error_not_a_new_start(config_file):
     folder, _ = _spoil(config_file, 1, "truncated")
     for step in (1, 2):
-        (checkpoint.checkpoint_folder(folder, step) / checkpoint.MANIFEST).write_text("{")
+        (RunFolder(folder).checkpoint(step) / checkpoint.MANIFEST).write_text("{")
     with pytest.raises(AssertionError, match=r"no checkpoint in .* is intact"):
         run(config_file, 1)
 
@@ -145,8 +145,7 @@ def test_loss_that_is_not_finite_ends_the_run_on_all_ranks(config_file):
     assert "lower optim.learning_rate" in messages[0]
     # What was saved before still loads.
     events = run(config_file, 2, "parallel.sp=2", "train.steps=1", "evaluate.sequences=0")
-    assert events[0]["event"] == "start"
-    assert events[0]["step"] >= 1
+    assert started_at(events) >= 1
 
 
 def _no_folder(config_file: Path) -> str:

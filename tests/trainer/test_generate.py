@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models.config import MIXER_NAMES, ModelConfig
+from models.config import ModelConfig
 from models.lm import LanguageModel
-from trainer.generate import generate
+from models.mixers import MIXERS
+from trainer.generate import Sampling, generate
 
 
 def tiny(mixer: str) -> LanguageModel:
@@ -14,14 +15,14 @@ def tiny(mixer: str) -> LanguageModel:
     return LanguageModel(config).eval()
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_prompt_in_segments_equals_prompt_at_once_and_full_prefill(mixer):
     model = tiny(mixer)
     prompt = torch.randint(0, 40, (50,)).tolist()
-    settings = {"temperature": 0.0}
-    whole = list(generate(model, prompt, 12, segment_tokens=100, **settings))
-    assert list(generate(model, prompt, 12, segment_tokens=1, **settings)) == whole
-    assert list(generate(model, prompt, 12, segment_tokens=7, **settings)) == whole
+    greedy = Sampling(temperature=0.0)
+    whole = list(generate(model, prompt, 12, greedy, segment_tokens=100))
+    assert list(generate(model, prompt, 12, greedy, segment_tokens=1)) == whole
+    assert list(generate(model, prompt, 12, greedy, segment_tokens=7)) == whole
     text = list(prompt)  # the definition: the whole text again for every token
     for token in whole:
         logits, _ = model(torch.tensor([text]))
@@ -42,15 +43,15 @@ def test_carry_has_one_size_whatever_was_read(mixer):
 
 def test_seed_decides_the_sample():
     model = tiny("mingru")
-    first = list(generate(model, [1, 2, 3], 30, seed=5))
-    assert first == list(generate(model, [1, 2, 3], 30, seed=5))
-    assert first != list(generate(model, [1, 2, 3], 30, seed=6))
-    assert list(generate(model, [1], 9, temperature=1.0, top_k=1)) == list(
-        generate(model, [1], 9, temperature=0.0)
+    first = list(generate(model, [1, 2, 3], 30, Sampling(seed=5)))
+    assert first == list(generate(model, [1, 2, 3], 30, Sampling(seed=5)))
+    assert first != list(generate(model, [1, 2, 3], 30, Sampling(seed=6)))
+    assert list(generate(model, [1], 9, Sampling(top_k=1))) == list(
+        generate(model, [1], 9, Sampling(temperature=0.0))
     )
 
 
 @pytest.mark.parametrize(("prompt", "said"), [([], "the prompt is empty"), ([40], "has token 40")])
 def test_bad_prompts_are_told(prompt, said):
     with pytest.raises(ValueError, match=said):
-        next(generate(tiny("mingru"), prompt, 1))
+        next(generate(tiny("mingru"), prompt, 1, Sampling()))

@@ -68,10 +68,10 @@ def _planted(config_file: Path, stage: int) -> Figures:
     """A run whose loss forgets that the shards of one sequence are to be summed, not averaged."""
     accumulate = train_module.accumulate_gradients
 
-    def wrong_by_sp(engine, micro_batches, config, device):
-        right = type(engine).backward
-        engine.backward = lambda loss: right(engine, loss * config.parallel.sp)
-        return accumulate(engine, micro_batches, config, device)
+    def wrong_by_sp(engine, micro_batches, worker):
+        right, sp = type(engine).backward, worker.topology.sp_size
+        engine.backward = lambda loss, last: right(engine, loss * sp, last=last)
+        return accumulate(engine, micro_batches, worker)
 
     train_module.accumulate_gradients = wrong_by_sp
     overrides = [

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed
-from tests.trainer.runs import figures, run, train_here
+from tests.trainer.runs import figures, run, started_at, train_here
 from trainer import checkpoint
+from trainer.run_folder import RunFolder
 
 STEPS = 6
 
 
 def _state(run_dir: Path) -> dict[str, Any]:
     """Everything of the last checkpoint: weights and DeepSpeed's optimizer state, per file."""
-    folder = checkpoint.checkpoint_folder(run_dir, STEPS)
+    folder = RunFolder(run_dir).checkpoint(STEPS)
     state: dict[str, Any] = dict(load_file(folder / checkpoint.WEIGHTS))
     for path in sorted((folder / "deepspeed").glob("*.pt")):
         state[path.name] = torch.load(path, weights_only=False)
@@ -57,7 +58,7 @@ def test_stopped_and_started_again_is_bitwise(config_file, stage, dtype):
     straight = run(config_file, 2, *base, f"run.dir={whole}")
     first = run(config_file, 2, *base, f"run.dir={halves}", "train.stop_after=3")
     second = run(config_file, 2, *base, f"run.dir={halves}")
-    assert second[0]["step"] == 3
+    assert started_at(second) == 3
     assert figures(first) + figures(second) == figures(straight)
     _assert_identical(_state(whole), _state(halves))
     assert len((halves / "metrics.jsonl").read_text().splitlines()) == STEPS
@@ -102,7 +103,7 @@ def test_killed_in_the_middle_of_a_save_is_bitwise(config_file):
     left = sorted(p.name for p in (killed / "checkpoints").iterdir())
     assert left == ["step-000002", "step-000004.tmp"]
     second = run(config_file, 2, *base, f"run.dir={killed}")
-    assert second[0]["step"] == 2
+    assert started_at(second) == 2
     assert figures(second) == figures(straight)[2:]
     _assert_identical(_state(whole), _state(killed))
     assert not list((killed / "checkpoints").glob("*.tmp"))
@@ -126,7 +127,7 @@ def test_goes_on_with_other_workers(config_file, stage, before, after):
         config_file, before[0], *base, moved, f"parallel.sp={before[1]}", "train.stop_after=3"
     )
     second = run(config_file, after[0], *base, moved, f"parallel.sp={after[1]}")
-    assert second[0]["step"] == 3
+    assert started_at(second) == 3
     actual, expected = figures(first) + figures(second), figures(straight)
     for got, want in zip(actual, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-5)

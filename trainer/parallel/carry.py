@@ -1,10 +1,12 @@
-"""exchange_carry: what the spans of all shards make of the entering state, in one all_gather.
+"""CarryExchange: what the spans of all shards make of the entering state, in one all_gather.
 
-A shard is the affine map h -> decay * h + state. Every rank gathers all P maps and composes for
-itself those before its own (the state entering its shard) and all of them (the state leaving the
-segment). The entering and leaving states are the same on every rank, and so are their gradients:
-give every rank the same gradient of h_last, and every rank gets the full gradient of h0.
+A shard is one affine map of the state. Every rank gathers all P maps and composes for itself those
+before its own (the state entering its shard) and all of them (the state leaving the segment). The
+entering and leaving states are the same on every rank, and so are their gradients: give every rank
+the same gradient of h_last, and every rank gets the full gradient of h0.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,34 +15,38 @@ from models.scan import Span
 from trainer.parallel.sequence_group import SequenceGroup
 
 
-def exchange_carry(span: Span, h0: Tensor, group: SequenceGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The state entering this shard, the state leaving the segment, and all shards' decays.
+@dataclass(frozen=True)
+class CarryExchange:
+    """`models.scan.Exchange` among the ranks of a group."""
 
-    span.decay, span.state, h0 [B, H] in the state's dtype. Returns h_in [B, H], h_last [B, H] and
-    decays [P, B, H], which the backward wants. Sends 2 * B * H numbers.
-    """
-    decays, states = group.all_gather(torch.stack([span.decay, span.state])).unbind(1)
-    h, h_in = h0, h0
-    for rank in range(group.size):
-        if rank == group.rank:
-            h_in = h
-        h = torch.addcmul(states[rank], decays[rank], h)
-    return h_in, h, decays
+    group: SequenceGroup
 
+    def enter(self, span: Span, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state entering this shard, the state leaving the segment, and all shards' decays.
 
-def exchange_carry_backward(
-    grad_local: Tensor, decays: Tensor, grad_h_last: Tensor, group: SequenceGroup
-) -> tuple[Tensor, Tensor]:
-    """The gradient entering this shard from the right, and the gradient of h0.
+        Sends a decay and a state, 2 * B * H numbers where both are rows; states are [B, ...], the
+        decays, which the backward wants, [P, B, ...].
+        """
+        spans = [span.unpack(packed) for packed in self.group.all_gather(span.pack())]
+        h, h_in = h0, h0
+        for rank, other in enumerate(spans):
+            if rank == self.group.rank:
+                h_in = h
+            h = other.apply(h)
+        return h_in, h, torch.stack([other.decay for other in spans])
 
-    grad_local [B, H] is what this shard's own outputs send to its entering state; over a span the
-    gradient is the map G -> decay * G + grad_local with the forward's own decay, so only B * H
-    numbers are sent. decays [P, B, H], grad_h_last [B, H].
-    """
-    states = group.all_gather(grad_local)
-    flow, grad_out = grad_h_last, grad_h_last
-    for rank in reversed(range(group.size)):
-        if rank == group.rank:
-            grad_out = flow
-        flow = torch.addcmul(states[rank], decays[rank], flow)
-    return grad_out, flow
+    def enter_backward(
+        self, span: Span, decays: Tensor, grad_h_last: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient entering this shard from the right, and the gradient of h0.
+
+        The span's state is what this shard's own outputs send to its entering state. The gradient
+        passes a span by the forward's own decay, so that only states are sent, half as much.
+        """
+        states = self.group.all_gather(span.pack_state())
+        flow, grad_out = grad_h_last, grad_h_last
+        for rank in reversed(range(self.group.size)):
+            if rank == self.group.rank:
+                grad_out = flow
+            flow = span.with_state(states[rank], decays[rank]).apply(flow)
+        return grad_out, flow

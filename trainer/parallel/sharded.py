@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from models.mixer import Carry, SequenceMixer, visible_tail
-from models.scan import Inputs, Recurrence
-from models.softmax_attention import Cache
+from models.scan import Inputs, Recurrence, scan
+from models.softmax_attention import QKV, Cache
+from trainer.parallel.carry import CarryExchange
 from trainer.parallel.halo import exchange_halo
 from trainer.parallel.sequence_group import SequenceGroup
 from trainer.parallel.topology import Topology
-from trainer.parallel.two_level_scan import two_level_scan
 from trainer.parallel.ulysses import ulysses_attend
 
 
@@ -22,7 +22,7 @@ class ShardedOps:
     def scan(
         self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return two_level_scan(recurrence, inputs, carry, self.group, reset=reset)
+        return scan(recurrence, inputs, carry, reset=reset, exchange=CarryExchange(self.group))
 
     def halo(
         self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
@@ -38,15 +38,13 @@ class ShardedOps:
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: QKV,
         cache: Cache,
         reset: Tensor | None,
         rope_base: float,
         last: bool,
     ) -> tuple[Tensor, Carry]:
-        return ulysses_attend(q, k, v, cache, reset, rope_base, last, self.group)
+        return ulysses_attend(qkv, cache, reset, rope_base, last, self.group)
 
 
 def parallelize(model: nn.Module, topology: Topology) -> None:

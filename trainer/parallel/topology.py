@@ -4,7 +4,6 @@ rank = dp_rank * sp_size + sp_rank: the ranks of one sequence are neighbours, so
 stays inside a machine where it can.
 """
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -44,6 +43,11 @@ class Topology:
         self.world_group: Any = dist.new_group(list(range(self.world_size)), timeout=timeout)
         self.sequence = SequenceGroup(self.sp_rank, rows[self.dp_rank], row_groups[self.dp_rank])
 
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and tells for all."""
+        return self.rank == 0
+
     def gather(self, x: Tensor) -> Tensor:
         """x [...] of every worker as [dp * sp, ...], in rank order."""
         gathered = [torch.empty_like(x) for _ in range(self.world_size)]
@@ -69,6 +73,10 @@ class Topology:
         if faults := sorted({f for f in self.gather_objects(fault) if f}):
             raise ValueError("\n".join(faults))
         return cast(T, value)
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0 while the others wait; a failure is every worker's."""
+        self.together(action if self.first else lambda: None)
 
     # The names below are DeepSpeed's. Sizes and ranks of "data parallel" count dp alone, which its
     # batch arithmetic wants; the group is all workers, or ZeRO-3 would never sum over a sequence.
@@ -112,36 +120,3 @@ class Topology:
 
     def get_sequence_data_parallel_group(self) -> Any:
         return self.world_group
-
-
-def initialize_distributed(timeout_seconds: float, use_gpu: bool = False) -> torch.device:
-    """Join the process group (NCCL with GPUs, gloo without) and return this rank's device.
-
-    Reads the usual RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is
-    a run of one process. A group that the launcher has already joined is kept.
-    Raises ValueError where GPUs are asked for and there are too few.
-    """
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
-    device = torch.device("cpu")
-    if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-    else:  # a launcher may show a worker all GPUs of the machine, or its own alone
-        visible = torch.cuda.device_count()
-        if visible == 0 or (1 < visible <= local_rank):
-            raise ValueError(
-                f"launch.gpus_per_worker asks for GPUs, but worker {local_rank} of this machine "
-                f"finds {visible}: start fewer workers on it, or set launch.gpus_per_worker 0"
-            )
-        device = torch.device("cuda", local_rank if visible > 1 else 0)
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)
-    if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_seconds)
-        backend = "nccl" if use_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
-    return device

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from models.mixer import Carry
-from models.softmax_attention import Cache, attend
+from models.softmax_attention import QKV, Cache, attend
 from trainer.parallel.sequence_group import SequenceGroup
 
 
 def ulysses_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: QKV,
     cache: Cache,
     reset: Tensor | None,
     rope_base: float,
@@ -26,12 +24,13 @@ def ulysses_attend(
 ) -> tuple[Tensor, Carry]:
     """`models.softmax_attention.attend` of a sequence whose shards lie on the ranks of `group`.
 
-    q [B, T, heads, d], k, v [B, T, kv heads, d] and reset [B, T] are this rank's shard; the cache
-    is the same on every rank, entering and leaving, as are its gradients. Sends
+    Queries, keys, values and reset [B, T] are this rank's shard; the cache is the same on every
+    rank, entering and leaving, as are its gradients. Sends
     (P - 1) / P * T * (2 heads + 2 kv heads) * d numbers, kv heads counted as at least P: with fewer
     than that, each goes to every rank that has a head which reads it.
     Raises ValueError where the ranks do not divide the heads.
     """
+    q, k, v = qkv
     ranks, heads, kv_heads = group.size, q.shape[2], k.shape[2]
     if heads % ranks:
         raise ValueError(
@@ -55,7 +54,7 @@ def ulysses_attend(
         for x in (cache.keys, cache.values)
     )
     own = Cache(keys, values, cache.visible, cache.length, cache.length.clone())
-    y, leaving = attend(q, k, v, own, reset, rope_base, last)
+    y, leaving = attend(QKV(q, k, v), own, reset, rope_base, last)
     shards = y.unflatten(1, (ranks, -1)).movedim(1, 0)
     y = _join_heads(group.all_to_all(shards))
     if not leaving:

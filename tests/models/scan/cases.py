@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.scan import RECURRENCES, Inputs, Recurrence, reference_scan, scan
+from models.scan import RECURRENCES, Inputs, Recurrence, scan
 
 __all__ = ["RECURRENCES", "make_inputs", "make_reset", "outputs_and_gradients"]
 
@@ -52,10 +52,7 @@ def outputs_and_gradients(
     recurrence: Recurrence, inputs: Inputs, h0: Tensor, reset: Tensor | None, backend: str
 ) -> list[Tensor]:
     """h, h_last and the gradients of h0 and every input under a fixed random cotangent."""
-    if backend == "definition":
-        h, h_last = reference_scan(recurrence, inputs, h0, reset)
-    else:
-        h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
+    h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
     generator = torch.Generator().manual_seed(1)
     cotangents = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (h, h_last)

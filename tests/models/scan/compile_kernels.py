@@ -20,17 +20,20 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from models.scan import gpu, triton_kernels
-from models.scan.recurrence import RECURRENCES
+from models.scan import RECURRENCES
+from models.scan import triton as gpu
+from models.scan.kernels import loops
 
-CONSTANTS = {"HAS_RESET": False, "RAW": True, "BLOCK": gpu.BLOCK}
+CONSTANTS = {"HAS_RESET": False, "RAW": True}
 FP32_POINTERS = {"maps_ptr", "in_ptr", "ends_ptr", "out_ptr", "last_ptr", "din_ptr"}
 
 
-def usage(kernel: triton.JITFunction, capability: int, dtype: str, **constants: Any) -> dict:
+def usage(
+    kernel: triton.JITFunction, recurrence: str, capability: int, dtype: str, **constants: Any
+) -> dict:
     """Registers of a thread, bytes of local memory, bits of the narrowest load."""
-    unroll = gpu.rows_at_once(kernel, RECURRENCES[constants["RECURRENCE"]])
-    constants = {**CONSTANTS, "UNROLL": unroll, **constants}
+    gates = gpu.gates_of(RECURRENCES[recurrence])
+    constants = {**CONSTANTS, **gpu.constants(kernel, gates), **constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
@@ -72,22 +75,22 @@ def main() -> None:
     capability, result = int(sys.argv[1]), {}
     for name in RECURRENCES:
         for kernel, flags in (
-            (triton_kernels.summarize_kernel, {"FLOW": False, "REVERSE": False}),
-            (triton_kernels.forward_kernel, {"REVERSE": False}),
-            (triton_kernels.backward_kernel, {}),
+            (loops.summarize_kernel, {"FLOW": False, "REVERSE": False}),
+            (loops.forward_kernel, {"REVERSE": False}),
+            (loops.backward_kernel, {}),
         ):
             label = f"{kernel.__name__} {name}"
-            result[label] = usage(kernel, capability, "bf16", RECURRENCE=name, **flags)
-        for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
-            flags = {"HAS_RESET": True, "REVERSE": False, "RECURRENCE": name}
-            result[f"{kernel.__name__} {name}, resets"] = usage(kernel, capability, "bf16", **flags)
-    carry = {"RECURRENCE": "linear", "REVERSE": True}
+            result[label] = usage(kernel, name, capability, "bf16", **flags)
+        for kernel in (loops.forward_kernel, loops.backward_kernel):
+            flags = {"HAS_RESET": True, "REVERSE": False}
+            label = f"{kernel.__name__} {name}, resets"
+            result[label] = usage(kernel, name, capability, "bf16", **flags)
     result["forward_kernel, carry"] = usage(
-        triton_kernels.forward_kernel, capability, "fp32", **carry
+        loops.forward_kernel, "linear", capability, "fp32", REVERSE=True
     )
-    flow = {"RECURRENCE": "mingru", "FLOW": True, "REVERSE": True}
+    flow = {"FLOW": True, "REVERSE": True}
     result["summarize_kernel mingru, backward"] = usage(
-        triton_kernels.summarize_kernel, capability, "bf16", **flow
+        loops.summarize_kernel, "mingru", capability, "bf16", **flow
     )
     print(json.dumps(result))
 

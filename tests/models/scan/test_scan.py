@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from models.scan import (
+    Inputs,
+    Problem,
+    Recurrence,
     linear_scan,
     mingru_scan,
     minlstm_scan,
     native,
-    reference,
     scan,
 )
-from models.scan.recurrence import Inputs, Recurrence
+from models.scan.recurrences.mingru import MinGRU
+from models.scan.recurrences.mingru.log_space import mingru_log_space
+from models.scan.recurrences.minlstm import MinLSTM
 from tests.models.scan.cases import (
     RECURRENCES,
     make_inputs,
@@ -35,7 +39,7 @@ def test_fp64_equals_definition(name, steps, shift, where, backend):
     inputs = make_inputs(recurrence, 2, steps, 5, torch.float64, shift)
     h0 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     reset = make_reset(2, steps, where)
-    expected = outputs_and_gradients(recurrence, inputs, h0, reset, "definition")
+    expected = outputs_and_gradients(recurrence, inputs, h0, reset, "reference")
     actual = outputs_and_gradients(recurrence, inputs, h0, reset, backend)
     for got, want in zip(actual, expected, strict=True):
         # fp64 rounding over 1000 steps, on values of order one to a hundred
@@ -71,7 +75,7 @@ def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
     h0 = torch.randn(2, 5, requires_grad=True)
     exact_h0 = h0.detach().double().requires_grad_()
     actual = outputs_and_gradients(recurrence, inputs, h0, None, backend)
-    expected = outputs_and_gradients(recurrence, exact, exact_h0, None, "definition")
+    expected = outputs_and_gradients(recurrence, exact, exact_h0, None, "reference")
     assert [x.dtype for x in actual] == [
         dtype,
         torch.float32,
@@ -126,8 +130,9 @@ def test_native_threads_share_one_row(name, dtype, batch, threads):
 def summaries(
     recurrence: Recurrence, inputs: Inputs, grad_h: Tensor, reset: Tensor | None
 ) -> list[Tensor]:
-    forward = native.summarize(recurrence, inputs, reset)
-    backward = native.summarize_backward(recurrence, inputs, grad_h, reset)
+    problem = Problem(recurrence, inputs, reset)
+    forward = native.summarize(problem)
+    backward = native.summarize_backward(problem, grad_h)
     return [forward.decay, forward.state, backward.decay, backward.state]
 
 
@@ -161,10 +166,10 @@ def test_nan_is_not_hidden(name, backend):
 
 def test_public_scans_agree_with_their_formulas():
     kv, fiv = torch.randn(2, 9, 6), torch.randn(2, 9, 9)
-    a, b = reference.mingru_gates(kv)
+    a, b = MinGRU().define((kv,))
     torch.testing.assert_close(mingru_scan(kv)[0], linear_scan(a, b)[0])
     for normalize in (True, False):
-        a, b = reference.minlstm_gates(fiv, normalize)
+        a, b = MinLSTM(normalize).define((fiv,))
         h, _ = minlstm_scan(fiv, normalize=normalize)
         torch.testing.assert_close(h, linear_scan(a, b)[0])
 
@@ -172,7 +177,7 @@ def test_public_scans_agree_with_their_formulas():
 def test_paper_log_space_form_agrees_on_short_sequences():
     kv = torch.randn(2, 50, 6, dtype=torch.float64)
     h0 = torch.rand(2, 3, dtype=torch.float64) + 0.1
-    for got, want in zip(reference.mingru_log_space(kv, h0), mingru_scan(kv, h0), strict=True):
+    for got, want in zip(mingru_log_space(kv, h0), mingru_scan(kv, h0), strict=True):
         torch.testing.assert_close(got, want)
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.scan import operators, scan
-from models.scan.recurrence import RECURRENCES
-from tests.models.scan.cases import make_inputs, make_reset, outputs_and_gradients
+from models.scan import Problem, backend, scan
+from tests.models.scan.cases import RECURRENCES, make_inputs, make_reset, outputs_and_gradients
 
-gpu = pytest.importorskip("models.scan.gpu")
+gpu = pytest.importorskip("models.scan.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -37,7 +36,7 @@ def compare(
     reset = None if reset is None else reset.to(DEVICE)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
     exact_h0 = h0.detach().double().requires_grad_()
-    expected = outputs_and_gradients(recurrence, exact, exact_h0, reset, "definition")
+    expected = outputs_and_gradients(recurrence, exact, exact_h0, reset, "reference")
     actual = outputs_and_gradients(recurrence, inputs, h0, reset, "triton")
     state = torch.float32
     assert [x.dtype for x in actual] == [dtype, state, state, *(dtype for _ in inputs)]
@@ -93,18 +92,14 @@ def test_spans_compose_like_the_chunked_form(name, monkeypatch):
     reset = make_reset(2, 30, "edges")
     grad_h = torch.randn(2, 30, 20, device=DEVICE)
     for mask in (None, reset.to(DEVICE)):
+        problem = Problem(recurrence, inputs, mask)
         for got, want in (
-            [operators.summarize(b, recurrence, inputs, mask) for b in ("triton", "chunked")],
-            [
-                operators.summarize_backward(b, recurrence, inputs, grad_h, mask)
-                for b in ("triton", "chunked")
-            ],
+            [backend.summarize(b, problem) for b in ("triton", "chunked")],
+            [backend.summarize_backward(b, problem, grad_h) for b in ("triton", "chunked")],
         ):
             torch.testing.assert_close(got.decay, want.decay, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(got.state, want.state, rtol=1e-4, atol=1e-5)
-            count = gpu.chunk_count(recurrence, inputs)
-            assert got.chunks.shape == (2, 2, count, 20)
-            assert count == 4
+            assert got.kept[0].shape == gpu.empty(problem)[0].kept[0].shape == (2, 2, 4, 20)
 
 
 def test_nan_is_not_hidden():

@@ -10,13 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from models.scan import RECURRENCES, scan
 from tests.distributed import run_distributed
-from tests.models.scan.cases import RECURRENCES, make_inputs
+from tests.models.scan.cases import make_inputs
 from tests.trainer.runs import figures, train_here
+from trainer.parallel.carry import CarryExchange
 from trainer.parallel.recompute import KEPT, recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology
-from trainer.parallel.two_level_scan import two_level_scan
 
 
 class CountOperators(TorchDispatchMode):
@@ -119,7 +120,7 @@ def _compile() -> None:
         h0 = torch.randn(2, 3, requires_grad=True)
 
         def loss(h0: Tensor, *inputs: Tensor, recurrence: Any = recurrence) -> Tensor:
-            h, h_last = two_level_scan(recurrence, inputs, h0, group)
+            h, h_last = scan(recurrence, inputs, h0, exchange=CarryExchange(group))
             return h.square().sum() + h_last.sum()
 
         leaves = (h0, *inputs)

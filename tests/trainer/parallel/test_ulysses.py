@@ -7,7 +7,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixer import LocalOps
-from models.softmax_attention import Cache, empty_cache
+from models.softmax_attention import QKV, Cache, empty_cache
 from tests.distributed import run_distributed
 from tests.models.scan.cases import make_reset
 from trainer.parallel.sharded import ShardedOps, parallelize
@@ -51,13 +51,13 @@ def _check_attend() -> int:
                 qkv, cache = _case(heads, kv_heads, SHARD * group.size, past)
                 reset = make_reset(BATCH, SHARD * group.size, where)
                 buffers = list(cache[:2]) if past else []
-                y, left = local.attend(*qkv, cache, reset, BASE, False)
+                y, left = local.attend(QKV(*qkv), cache, reset, BASE, False)
                 cot = torch.randn_like(y)
                 cots = [torch.randn_like(x) for x in left[:2]]
                 want = torch.autograd.grad([y, *left[:2]], [*qkv, *buffers], [cot, *cots])
                 part = [x.detach()[:, mine].clone().requires_grad_() for x in qkv]
                 part_reset = None if reset is None else reset[:, mine]
-                got_y, got_left = sharded.attend(*part, cache, part_reset, BASE, False)
+                got_y, got_left = sharded.attend(QKV(*part), cache, part_reset, BASE, False)
                 got = torch.autograd.grad(
                     [got_y, *got_left[:2]], [*part, *buffers], [cot[:, mine], *cots]
                 )
@@ -67,7 +67,7 @@ def _check_attend() -> int:
                 for actual, reference in pairs:
                     torch.testing.assert_close(actual, reference)
                 # nothing is kept where nothing follows
-                again, nothing = sharded.attend(*part, cache, part_reset, BASE, True)
+                again, nothing = sharded.attend(QKV(*part), cache, part_reset, BASE, True)
                 assert nothing == ()
                 torch.testing.assert_close(again, got_y)
                 checked += 1
@@ -123,7 +123,7 @@ def _count_bytes(kv_heads: int) -> tuple[int, int]:
     shapes = [(1, 8, n, WIDTH) for n in (4, kv_heads, kv_heads)]
     qkv = [torch.randn(shape, requires_grad=True) for shape in shapes]
     cache = empty_cache(1, kv_heads, WIDTH, torch.device("cpu"))
-    y, _ = ShardedOps(group).attend(*qkv, cache, None, BASE, True)
+    y, _ = ShardedOps(group).attend(QKV(*qkv), cache, None, BASE, True)
     forward = group.meter.take()[1]
     y.sum().backward()
     return forward, group.meter.take()[1]
@@ -141,7 +141,7 @@ def _refused() -> None:
     qkv = [torch.randn(1, 4, 3, WIDTH) for _ in range(3)]
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ShardedOps(group).attend(
-            *qkv, empty_cache(1, 3, WIDTH, torch.device("cpu")), None, BASE, True
+            QKV(*qkv), empty_cache(1, 3, WIDTH, torch.device("cpu")), None, BASE, True
         )
 
 

@@ -1,0 +1,197 @@
+"""A comparison as data: which models, at which lengths, in which cells and trainings.
+
+The file has a section `compare` beside those of a run, which all cells and trainings share.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from trainer.checks import data_faults, data_fingerprint, value_faults
+from trainer.config import Config
+from trainer.settings import ConfigError, Fault, field_faults, merge, not_negative, one_of, positive
+
+
+@dataclass
+class CompareConfig:
+    dir: str = "runs/compare"  # results.json, report.md, plots, and the runs of tasks go here
+    mixers: list[Any] = field(default_factory=lambda: ["attention", "mingru"])
+    lengths: list[int] = positive([1024, 4096, 16384])
+    # of every model; None: as many as the first mixer's at model.*
+    parameters: int | None = positive(None)
+    match: str = one_of("width", "width", "layers")  # what is solved for that: width, or layers
+    # train.batch_size follows: so many tokens, or one sequence
+    tokens_per_step: int = positive(32768)
+    # train.micro_batch_size follows: one sequence at least
+    micro_batch_tokens: int = positive(8192)
+    repetitions: int = positive(3)  # of every cell, interleaved
+    # timed steps of a cell's repetition, at most; one before them is not timed
+    steps: int = positive(5)
+    seconds: float = not_negative(3.0)  # a repetition times no further step after this long
+    cell_timeout_seconds: float = positive(120.0)  # a repetition that takes longer is "out of time"
+    memory_gib_per_worker: float | None = positive(None)  # without GPUs: more is "out of memory"
+    decode_tokens: int = positive(64)
+    prefill_segment: int = positive(32768)  # a prompt is read in segments of this many tokens
+    # Trainings to compare the losses of: name -> what is set for it, as on a command line.
+    tasks: dict[str, list[str]] = field(default_factory=dict)
+    # A task is trained at each of these rates, and a mixer's best counts; empty: as the run's own.
+    learning_rates: list[float] = positive([])
+    seeds: list[int] = not_negative([])  # and from each of these; empty: run.seed
+    # To stand beside ours: task -> mixer or another's name -> held-out loss, nats per token.
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
+class ComparisonFile(Config):
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be measured. Models go by a label, `mingru+mingru+window` for a list."""
+
+    settings: CompareConfig
+    config: Config
+    target: int  # parameters
+    models: dict[str, ModelConfig]
+    cells: dict[tuple[str, int], Config]  # (label, length)
+    tasks: dict[str, dict[str, list[Config]]]  # name -> label -> runs, by learning rate and seed
+
+
+def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
+    """Read, solve the shapes, and check every cell and training. Raises ConfigError."""
+    path = Path(path)
+    config, places, told = merge(ComparisonFile, path, overrides)
+    told += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in _faults(config)]
+    if told:
+        raise ConfigError(str(path), told)
+    models, target = _solve(config, str(path))
+    settings = config.compare
+    cells = {
+        (label, length): _cell(config, model, length)
+        for length in settings.lengths
+        for label, model in models.items()
+    }
+    tasks: dict[str, dict[str, list[Config]]] = {}
+    for name, task in settings.tasks.items():
+        own = _task_config(path, name, [*task, *overrides])
+        tasks[name] = {label: list(_trainings(own, name, label, m)) for label, m in models.items()}
+    for (label, length), cell in cells.items():
+        told += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
+    for name, runs in tasks.items():
+        for label, (run, *_) in runs.items():
+            told += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
+        data = data_faults(next(iter(runs.values()))[0])
+        told += [f"task {name}: {key}: {text}" for key, text in data]
+    if told:
+        raise ConfigError(str(path), told)
+    return Comparison(settings, config, target, models, cells, tasks)
+
+
+def label_of(mixer: str | list[str]) -> str:
+    """The name by which a report speaks of a mixer."""
+    return mixer if isinstance(mixer, str) else "+".join(mixer)
+
+
+def _faults(config: ComparisonFile) -> Iterator[Fault]:
+    """What is wrong with the section itself, and with each mixer's model."""
+    compare = config.compare
+    for name in ("mixers", "lengths"):
+        if not getattr(compare, name):
+            yield f"compare.{name}", "the list is empty"
+    yield from field_faults(compare, "compare.")
+    yield from field_faults(config.parallel, "parallel.")
+    yield from field_faults(config.launch, "launch.")
+    yield from _task_faults(config)
+    for mixer in compare.mixers:
+        model = deepcopy(config.model)
+        model.mixer = mixer
+        for name, message in model.faults():
+            yield ("compare.mixers" if name == "mixer" else f"model.{name}"), message
+
+
+def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
+    compare = config.compare
+    if compare.tasks and not (config.evaluate.every > 0 and config.evaluate.sequences > 0):
+        yield "evaluate.every", "0 evaluations on the way: tasks are compared by held-out losses"
+    own = ["model.", "compare.", "run.dir", "launch.", "parallel."]
+    own += ["optim.learning_rate="] if compare.learning_rates else []
+    own += ["run.seed="] if compare.seeds else []
+    for name, task in compare.tasks.items():
+        for setting in task:
+            if setting.startswith(tuple(own)):
+                yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"
+    for name in compare.published:
+        if compare.tasks and name not in compare.tasks:
+            known = ", ".join(compare.tasks)
+            yield "compare.published", f"{name!r} is not one of the tasks {known}"
+
+
+def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], int]:
+    """A model for each mixer, all of one number of parameters."""
+    from models.flops import parameters  # imports torch: only when the file is good
+    from models.match import match_parameters
+
+    compare = config.compare
+    first = deepcopy(config.model)
+    first.mixer = compare.mixers[0]
+    target = compare.parameters or parameters(first)
+    models = {}
+    for mixer in compare.mixers:
+        model = deepcopy(config.model)
+        model.mixer = mixer
+        try:
+            models[label_of(mixer)] = match_parameters(model, target, compare.match)
+        except ValueError as error:
+            raise ConfigError(path, [f"compare.parameters: {error}"]) from None
+    return models, target
+
+
+def _cell(config: ComparisonFile, model: ModelConfig, length: int) -> Config:
+    """One cell's configuration: as many tokens a step as at any other length, if there is room."""
+    cell = _run_of(config, model)
+    dp, train = cell.dp, cell.train
+    train.seq_len = length
+    train.micro_batch_size = max(1, config.compare.micro_batch_tokens // length)
+    per_worker = max(1, config.compare.tokens_per_step // length // max(1, dp))
+    train.micro_batch_size = min(train.micro_batch_size, per_worker)
+    train.batch_size = max(1, per_worker // train.micro_batch_size) * train.micro_batch_size
+    train.batch_size *= max(1, dp)
+    return cell
+
+
+def _task_config(path: Path, name: str, overrides: list[str]) -> ComparisonFile:
+    """The file with what a task sets, and what the command line sets after all."""
+    config, _, faults = merge(ComparisonFile, path, overrides)
+    if faults:
+        raise ConfigError(str(path), [f"task {name}: {fault}" for fault in faults])
+    return config
+
+
+def _trainings(
+    config: ComparisonFile, name: str, label: str, model: ModelConfig
+) -> Iterator[Config]:
+    """A mixer's runs of a task: every seed at every learning rate."""
+    settings = config.compare
+    rates = settings.learning_rates or [config.optim.learning_rate]
+    for seed, rate in product(settings.seeds or [config.run.seed], rates):
+        run = _run_of(config, model)
+        run.run.seed, run.optim.learning_rate = seed, rate
+        # A run of other settings or data is another: it neither resumes this one nor passes for it.
+        described = {**asdict(run), "fingerprint": data_fingerprint(run)}
+        del described["run"]["dir"], described["checkpoint"]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+        run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
+        yield run
+
+
+def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:
+    """The run's own sections, with another model."""
+    shared = {name: deepcopy(getattr(config, name)) for name in Config.__dataclass_fields__}
+    return Config(**{**shared, "model": deepcopy(model)})

@@ -1,0 +1,135 @@
+"""A comparison in words, each sentence made from the figures."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from launch.compare.results import (
+    Cells,
+    Figure,
+    Results,
+    TrainingRecord,
+    by_rate,
+    failure_of,
+    figure,
+    median_of,
+    memory_gib,
+    typical,
+    why_failed,
+)
+
+BASELINE = "attention"
+
+
+def findings_of(results: Results) -> Iterator[str]:
+    """The comparison in words, each sentence from the figures."""
+    mixers, training, reading = list(results.models), results.of("training"), results.of("reading")
+    compared: list[tuple[str, str, Cells, Figure]] = [
+        ("trains faster than", "its speed", training, results.training_rate),
+        ("trains in less memory than", "its memory", training, lambda r: 1 / memory_gib(r)),
+        ("decodes faster than", "its speed", reading, figure("decode_tokens_per_second")),
+    ]
+    for better, unit, cells, of in compared if BASELINE in mixers else []:
+        for mixer in mixers:
+            if mixer != BASELINE:
+                yield _crossing(mixer, better, unit, _ratios(results, cells, of, mixer))
+    for kind, cells in (("training", training), ("reading", reading)):
+        for mixer in mixers:
+            lost = [n for n in results.lengths if failure_of(cells.get((mixer, n), []))]
+            if lost:
+                why = why_failed(cells[mixer, lost[0]]).strip("*")
+                yield f"{mixer}, {kind}: {why} at {lost[0]:,} tokens."
+    for task, runs in results.tasks.items():
+        yield from _verdict(task, {label: typical(same) for label, same in runs.items()})
+        yield from _edges(task, runs)
+        for label, why in results.lost[task].items():
+            yield f"{task}: the training of {label} failed: {why}"
+
+
+def _ratios(results: Results, cells: Cells, of: Figure, mixer: str) -> list[tuple[int, float]]:
+    """(length, the mixer's figure over the baseline's), where both were measured."""
+    ratios = []
+    for length in results.lengths:
+        ours = median_of(cells.get((mixer, length), []), of)
+        base = median_of(cells.get((BASELINE, length), []), of)
+        if ours is not None and base is not None:
+            ratios.append((length, ours / base))
+    return ratios
+
+
+def _crossing(mixer: str, better: str, unit: str, ratios: list[tuple[int, float]]) -> str:
+    """Where the ratio passes one, by a straight line between measured points on log axes.
+
+    A ratio above one is for the mixer; of memory it is the baseline's over the mixer's.
+    """
+    if not ratios:
+        return f"{mixer} and {BASELINE} were measured together at no length."
+    (first, at_first), (last, at_last) = ratios[0], ratios[-1]
+    measured = f" measured, {first:,} to {last:,} tokens" if last > first else " measured"
+    if all(ratio > 1 for _, ratio in ratios):
+        where = f"at every length{measured}"
+    elif all(ratio <= 1 for _, ratio in ratios):
+        where = f"at no length{measured}"
+    else:
+        crossings = [
+            a * (b / a) ** (math.log(s) / math.log(s / t))
+            for (a, s), (b, t) in pairwise(ratios)
+            if (s > 1) != (t > 1)
+        ]
+        passed = " and ".join(f"{crossing:,.0f}" for crossing in crossings)
+        if len(crossings) > 1:
+            where = f"in parts: the lines cross at about {passed} tokens"
+        elif at_last > 1:
+            where = f"from about {passed} tokens on"
+        else:
+            where = f"only up to about {passed} tokens"
+    if unit == "its memory":
+        at_first, at_last = 1 / at_first, 1 / at_last
+    return (
+        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {unit} at {first:,} tokens"
+        + (f", {at_last:.2f} times at {last:,}." if last > first else ".")
+    )
+
+
+def _verdict(task: str, runs: dict[str, TrainingRecord]) -> Iterator[str]:
+    if not runs:
+        return
+    by_loss = sorted(runs, key=lambda label: runs[label].final_loss)
+    tokens = runs[by_loss[0]].tokens[-1]
+    losses = ", ".join(f"{label} {runs[label].final_loss:.3f}" for label in by_loss)
+    yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
+    seconds = min(run.seconds[-1] for run in runs.values())
+    losses_then = {label: _loss_at(run, seconds) for label, run in runs.items()}
+    at_time = {label: loss for label, loss in losses_then.items() if loss is not None}
+    ordered = sorted(at_time, key=lambda label: at_time[label])
+    losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
+    yield (
+        f"{task}, held-out loss after {seconds:,.0f} s of training steps, best first: {losses} "
+        f"(the slower ones are then in the middle of their learning-rate schedule"
+        + (", or not evaluated yet" if len(at_time) < len(runs) else "")
+        + ")."
+    )
+
+
+def _edges(task: str, runs: dict[str, list[TrainingRecord]]) -> Iterator[str]:
+    """Where the best learning rate may lie outside those that were tried."""
+    for label, tried in runs.items():
+        rates = list(by_rate(tried))
+        best = typical(tried).learning_rate
+        for place, edge, beyond in ((0, "lowest", "lower"), (-1, "highest", "higher")):
+            if len(rates) > 1 and best == rates[place]:
+                yield (
+                    f"{task}: {label} did best at the {edge} learning rate tried, {best:g}: a "
+                    f"{beyond} one may be better still."
+                )
+
+
+def _loss_at(run: TrainingRecord, seconds: float) -> float | None:
+    """The held-out loss at a time, straight between evaluations; None before the first."""
+    points = [(point.seconds, point.loss) for point in run.held_out]
+    if seconds < points[0][0]:
+        return None
+    for (a, before), (b, after) in pairwise(points):
+        if a <= seconds <= b:
+            return before + (after - before) * (seconds - a) / (b - a)
+    return points[-1][1]

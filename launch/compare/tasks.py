@@ -1,0 +1,80 @@
+"""The trainings of a comparison as sections of its page: losses by rate, position, distance."""
+
+from collections.abc import Iterator
+from statistics import median
+
+from launch.compare.results import Results, Runs, TrainingRecord, best_runs, by_rate, typical
+from launch.page import table
+
+
+def task_sections(results: Results) -> Iterator[str]:
+    """Lines of Markdown; of a mixer's runs the typical one stands for all but its loss."""
+    for task, runs in results.tasks.items():
+        if not runs:
+            continue
+        finals = [typical(same).final for same in runs.values()]
+        yield from (f"## Task: {task}", "")
+        yield from _outcomes(runs, results.settings.published.get(task, {}))
+        yield from _rates(runs)
+        if all(final["by_distance"] for final in finals):
+            yield from _distances(runs)
+        else:
+            yield from _positions(runs)
+        if baselines := finals[0]["baselines"]:
+            counted = ", ".join(f"{name} {b['loss']:.4f}" for name, b in baselines.items())
+            yield from (f"For comparison, counted on the training split: {counted}.", "")
+
+
+def _outcomes(runs: Runs, published: dict[str, float]) -> Iterator[str]:
+    chosen = [typical(same) for same in runs.values()]
+    rows = [("held-out loss, nats per token", [_losses(best_runs(r)) for r in runs.values()])]
+    if published:
+        theirs = [published.get(label) for label in runs]
+        shown = ["" if loss is None else f"{loss:.3f}" for loss in theirs]
+        rows.append(("published", shown))
+    lowest = [min(point.loss for point in run.held_out) for run in chosen]
+    rows += [
+        ("lowest on the way", [f"{loss:.4f}" for loss in lowest]),
+        ("accuracy", [f"{run.final['accuracy']:.1%}" for run in chosen]),
+        ("learning rate", [f"{run.learning_rate:g}" for run in chosen]),
+        ("tokens trained on", [f"{run.tokens[-1]:,}" for run in chosen]),
+        ("seconds of training steps", [f"{run.seconds[-1]:,.0f}" for run in chosen]),
+    ]
+    yield from table("", runs, rows)
+    others = [f"{name} {loss:g}" for name, loss in published.items() if name not in runs]
+    if others:
+        yield from (f"Published besides: {', '.join(others)}.", "")
+
+
+def _rates(runs: Runs) -> list[str]:
+    tried = [by_rate(same) for same in runs.values()]
+    rates = sorted({rate for rates_of in tried for rate in rates_of})
+    if len(rates) == 1:
+        return []
+    rows = [(f"{r:g}", [_losses(t[r]) if r in t else "" for t in tried]) for r in rates]
+    return table("held-out loss at a learning rate of", runs, rows)
+
+
+def _distances(runs: Runs) -> list[str]:
+    columns = [typical(same).final["by_distance"] for same in runs.values()]
+    rows = [
+        (f"{row[0][0]:,} tokens", [f"{accuracy:.1%}" for _, _, accuracy in row])
+        for row in zip(*columns, strict=True)
+    ]
+    return table("accuracy at a distance of", runs, rows)
+
+
+def _positions(runs: Runs) -> list[str]:
+    columns = [typical(same).final["by_position"] for same in runs.values()]
+    rows = [
+        (f"{row[0][0]:,} to {row[0][1] - 1:,}", [f"{loss:.4f}" for _, _, loss in row])
+        for row in zip(*columns, strict=True)
+    ]
+    return table("loss at positions", runs, rows)
+
+
+def _losses(runs: list[TrainingRecord]) -> str:
+    """The median loss of some seeds, the lowest first, and their spread."""
+    losses = [run.final_loss for run in runs]
+    spread = f" ({losses[0]:.4f} to {losses[-1]:.4f})" if len(losses) > 1 else ""
+    return f"{median(losses):.4f}{spread}"

@@ -1,0 +1,68 @@
+"""A run's events on a terminal: one live bar, and lines beside it for what is rarer than a step."""
+
+import sys
+import time
+from typing import Never
+
+from tqdm import tqdm
+
+from trainer.events import Evaluated, Event, Metrics, Started, Stepped, Warned
+
+
+class Progress:
+    """Shows events as they come."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Never] | None = None
+        self._interactive = sys.stderr.isatty()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._start(event)
+            case Stepped(step, _, metrics):
+                self._advance(step, metrics)
+            case Evaluated(step, loss, bits):
+                told = f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
+                self._write(f"step {step}: {told}")
+            case Warned(message):
+                self._write(f"warning: {message}")
+
+    def _start(self, event: Started) -> None:
+        if self._bar is not None:  # started again after a lost worker
+            self._bar.close()
+        print(
+            f"{event.parameters:,} parameters on {event.workers} workers: dp={event.dp}, "
+            f"sp={event.sp}, {event.shard_tokens:,} tokens of every sequence per worker, "
+            f"{event.scan} scan" + (f"; resuming at step {event.step}" if event.step else ""),
+            flush=True,
+        )
+        self._bar = tqdm(
+            total=event.steps,
+            initial=event.step,
+            desc="step",
+            mininterval=0.2 if self._interactive else 10,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
+        )
+
+    def _advance(self, step: int, metrics: Metrics) -> None:
+        assert self._bar is not None
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"ETA {time.strftime('%H:%M:%S', time.gmtime(metrics['eta_seconds']))}",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+
+    def _write(self, line: str) -> None:
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stderr)

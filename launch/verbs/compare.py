@@ -1,0 +1,59 @@
+"""python -m launch compare CONFIG [key=value ...]"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from launch.compare.file import load_comparison
+from launch.ray_job import make_absolute, place_faults, run_job
+from launch.stop import watch_signals
+from trainer.config import Config
+from trainer.events import Evaluated, Event, Warned
+from trainer.settings import ConfigError
+
+HELP = "measure and train several mixers side by side; run again, it goes on"
+
+Show = Callable[[str], None]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file with a section `compare`, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+
+
+def run(args: argparse.Namespace) -> int:
+    comparison = load_comparison(args.config, args.overrides)
+    paths = {("compare.dir", comparison.settings.dir)}
+    for runs in comparison.tasks.values():
+        paths |= {("data.path", run.data.path) for run, *_ in runs.values()}
+    if faults := place_faults(sorted(paths)):
+        raise ConfigError(args.config, faults)
+    from launch.compare.page import write_comparison  # import torch and matplotlib
+    from launch.compare.run import run_comparison
+
+    should_stop = watch_signals("stopping after this cell, or the next step and a checkpoint")
+    show = partial(print, flush=True)
+    results = run_comparison(comparison, show, _training(show, should_stop), should_stop)
+    if results is None:
+        print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
+        return 0
+    print("\n" + write_comparison(Path(comparison.settings.dir), results))
+    return 0
+
+
+def _training(show: Show, should_stop: Callable[[], bool]) -> Callable[[Config], bool]:
+    """How a comparison trains a task: through Ray as ever, telling evaluations and warnings."""
+
+    def on_event(event: Event) -> None:
+        match event:
+            case Evaluated(step, loss):
+                show(f"  step {step}: held-out loss {loss:.4f} nats")
+            case Warned(message):
+                show(f"  warning: {message}")
+
+    def train(config: Config) -> bool:
+        make_absolute(config)
+        return run_job(config, on_event, should_stop)
+
+    return train

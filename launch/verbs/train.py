@@ -1,0 +1,40 @@
+"""python -m launch train CONFIG [key=value ...]"""
+
+import argparse
+
+from launch.progress import Progress
+from launch.ray_job import make_absolute, place_faults, run_job
+from launch.stop import watch_signals
+from trainer.config import load_config
+from trainer.run_folder import RunFolder
+from trainer.settings import ConfigError
+
+HELP = "train a configuration on Ray; the same command again resumes"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    if faults := place_faults([("run.dir", config.run.dir), ("data.path", config.data.path)]):
+        raise ConfigError(args.config, faults)
+    make_absolute(config)
+
+    should_stop = watch_signals("stopping after the next step and a checkpoint")
+    print(f"starting {config.launch.workers} workers", flush=True)
+    with Progress() as progress:
+        finished = run_job(config, progress.show, should_stop)
+    folder = RunFolder(config.run.dir)
+    if not finished:
+        print(f"stopped in good order; the same command goes on from {folder.checkpoints}")
+        return 0
+    if not folder.metrics.exists():
+        print(f"{folder.path} is on storage that this machine does not see: no report was written")
+        return 0
+    from launch.report import write_report  # imports torch and matplotlib
+
+    print("\n" + write_report(folder))
+    return 0

@@ -1,0 +1,311 @@
+// The scan on a CPU, at the speed of memory: time is the outer loop, a block of channels the inner
+// one, their states stay in L1, and gates are computed on the way. Every input is read once and
+// every output written once. Plain C++ behind a C interface (../native.py builds and loads it), so
+// that it builds in seconds without torch's headers. ../README.md has the mathematics.
+//
+// The gates are a type R of a header of their own (../recurrences), both named by the compiler's
+// command line: -DGATES_HEADER and -DGATES. R says
+//   TENSORS, PARTS        its inputs, and the values of a channel in each, [B, T, PARTS * H]
+//   DECAY_READS           how many of the values, the first ones, the decay is made of
+//   BACKWARD_READS        how many the backward is made of
+//   decay(x), gates(x)    a, and a and b of h = a * h + b, from the values
+//   backward(q, previous, x, d)    a, and d, the gradients of the values, from the gradient q of h
+//                                  and the state before the step, 0 after a reset
+
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "vectors.h"
+
+#include GATES_HEADER
+
+namespace {
+
+constexpr int64_t BLOCK = 512;      // channels at a time: their states fit L1 many times
+constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's own stream
+constexpr int64_t PIECE = 512;      // bytes of a row that a thread wants for itself: see `run`
+constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
+constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
+
+constexpr int MOST = 4;  // inputs, and values of a channel
+
+// What every kernel gets. Pointers that a kernel does not use are null.
+struct Arguments {
+  int64_t batch, steps, width;
+  const void* x[MOST];   // the inputs
+  void* out[MOST];       // their gradients; or h alone
+  const uint8_t* reset;  // [B, T]
+  const void* h;         // [B, T, H], the forward's output
+  const void* grad_h;    // [B, T, H]
+  const void* state_in;  // [B, H]: h_in, or the gradient of h_last
+  const void* h_in;      // [B, H]
+  void *decay, *state;   // [B, H]: the span, or h_last, or the gradient of h_in
+  int32_t threads;
+};
+
+// Steps [begin, end) of channels [first, first + width) of one row of the batch. While it is read,
+// what comes later is fetched. With DISTANT false, into L1, the same channels `ahead` steps on.
+// With DISTANT true, into L2, a part of this thread's next tile: all channels of a few steps, which
+// begin `next` elements on, because memory is fastest in whole rows.
+template <bool DISTANT>
+struct Tile {
+  static constexpr bool distant = DISTANT;
+  int64_t row, begin, end, first, width, ahead, next;
+
+  static inline void fetch(const void* p) { __builtin_prefetch(p, 0, DISTANT ? 2 : 3); }
+  static inline void fetch_to_write(void* p) {
+    if (DISTANT) __builtin_prefetch(p, 1, 2);  // the hardware does it for a thread's own stream
+  }
+};
+
+// Run body(channel, count of lanes) over n channels, a vector at a time.
+template <class S, class Body>
+inline void for_lanes(int64_t n, Body body) {
+  int64_t c = 0;
+  for (; c + LANES<S> <= n; c += LANES<S>) body(c, std::integral_constant<int64_t, LANES<S>>());
+  if (c < n) body(c, n - c);
+}
+
+// Call f(i) for i = 0 .. N - 1, each i a constant to the compiler, so that values stay in registers.
+template <int N, class F>
+inline void each(F f) {
+  if constexpr (N > 0) {
+    each<N - 1>(f);
+    f(std::integral_constant<int, N - 1>());
+  }
+}
+
+// The four kernels over one tile. `state` and `decay` enter as the tile's neighbour left them.
+template <class R, class T, class S>
+struct Scan {
+  static constexpr int P = R::PARTS, VALUES = R::TENSORS * R::PARTS;
+  static_assert(VALUES <= MOST && R::DECAY_READS <= P);
+  const Arguments& p;
+
+  // Pointers to the first channel of a tile, in one row of every input.
+  template <class Pointer>
+  struct Rows {
+    Pointer of[R::TENSORS];
+    inline void advance(int64_t elements) {
+      each<R::TENSORS>([&](auto t) { of[t] += elements; });
+    }
+    // value i of a channel, in rows of H channels
+    inline Pointer value(int i, int64_t channel, int64_t H) const {
+      return of[i / P] + channel + (i % P) * H;
+    }
+  };
+  template <class Pointer, class Given>
+  static Rows<Pointer> rows(Given* const* given, int64_t step, int64_t H, int64_t first) {
+    Rows<Pointer> rows;
+    each<R::TENSORS>([&](auto t) { rows.of[t] = static_cast<Pointer>(given[t]) + step * P * H + first; });
+    return rows;
+  }
+  template <int READS, class Pointer, class Count>
+  static inline Values<Vec<S>> values(const Rows<Pointer>& x, int64_t c, int64_t H, Count count) {
+    Values<Vec<S>> read{};
+    each<READS>([&](auto i) { read[i] = load(x.value(i, c, H), count); });
+    return read;
+  }
+
+  bool reset(int64_t row, int64_t t) const { return p.reset && p.reset[row * p.steps + t]; }
+
+  // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
+  template <bool WRITE, class AnyTile>
+  void forward(const AnyTile& tile, S* state, S* decay) const {
+    const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
+    auto x = rows<const T*>(p.x, start, H, tile.first);
+    T* out = static_cast<T*>(p.out[0]) + (WRITE ? start * H + tile.first : 0);
+    int64_t ahead = AnyTile::distant ? tile.next - tile.first / P : tile.ahead * H;
+    const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
+    for (int64_t t = tile.begin; t < tile.end; ++t, x.advance(P * H), out += H, ahead += W - H) {
+      if (reset(tile.row, t))
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        each<VALUES>([&](auto i) { tile.fetch(x.value(i, c, W) + P * ahead); });
+        const Step<Vec<S>> step = R::gates(values<VALUES>(x, c, H, count));
+        const Vec<S> h = step.a * load(state + c) + step.b;
+        store(state + c, h);
+        if constexpr (WRITE) {
+          tile.fetch_to_write(out + c + ahead);
+          store(out + c, h, count);
+        } else {
+          store(decay + c, Vec<S>(step.a * load(decay + c)));
+        }
+      });
+    }
+  }
+
+  // The maps of the gradient that flows from right to left, composed: G -> decay * G + state.
+  template <class AnyTile>
+  void summarize_backward(const AnyTile& tile, S* state, S* decay) const {
+    const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
+    auto x = rows<const T*>(p.x, end, H, tile.first);
+    const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
+    for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
+      x.advance(-P * H);
+      o -= H;
+      if (reset(tile.row, t)) {
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
+        continue;
+      }
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        tile.fetch(o + c - ahead);
+        each<R::DECAY_READS>([&](auto i) { tile.fetch(x.value(i, c, H) - P * ahead); });
+        const Vec<S> a = R::decay(values<R::DECAY_READS>(x, c, H, count));
+        store(state + c, Vec<S>(a * (load(o + c, count) + load(state + c))));
+        store(decay + c, Vec<S>(a * load(decay + c)));
+      });
+    }
+  }
+
+  // Write the gradients of the inputs; `state` is G, the gradient that flows from right to left.
+  template <class AnyTile>
+  void backward(const AnyTile& tile, S* state) const {
+    const int64_t H = p.width, end = tile.row * p.steps + tile.end;
+    auto x = rows<const T*>(p.x, end, H, tile.first);
+    auto dx = rows<T*>(p.out, end, H, tile.first);
+    const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
+    const T* h = static_cast<const T*>(p.h) + end * H + tile.first;
+    const S* h_in = static_cast<const S*>(p.h_in) + tile.row * H + tile.first;
+    int64_t ahead = AnyTile::distant ? tile.next + tile.first / P : tile.ahead * H;
+    const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
+    for (int64_t t = tile.end - 1; t >= tile.begin; --t, ahead += W - H) {
+      x.advance(-P * H);
+      dx.advance(-P * H);
+      o -= H;
+      h -= H;
+      const bool cleared = reset(tile.row, t);
+      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
+        tile.fetch(o + c - ahead);
+        tile.fetch(h + c - ahead - H);
+        each<R::BACKWARD_READS>([&](auto i) { tile.fetch(x.value(i, c, W) - P * ahead); });
+        const Vec<S> q = load(o + c, count) + load(state + c);
+        Vec<S> previous{};  // the state before the step
+        if (!cleared) previous = t > 0 ? load(h + c - H, count) : load(h_in + c, count);
+        Values<Vec<S>> d;
+        const Vec<S> a =
+            R::backward(q, previous, values<R::BACKWARD_READS>(x, c, H, count), &d);
+        each<VALUES>([&](auto i) { tile.fetch_to_write(dx.value(i, c, W) - P * ahead); });
+        each<VALUES>([&](auto i) { store(dx.value(i, c, H), d[i], count); });
+        store(state + c, Vec<S>(a * q));
+      });
+      if (cleared)
+        for (int64_t c = 0; c < tile.width; ++c) state[c] = S(0);
+    }
+  }
+};
+
+template <class S>
+struct alignas(64) Aligned {
+  S channels[16];
+};
+
+// Run body(tile, state, decay) over all steps of all channels of all rows.
+//
+// With a row of the batch for every thread, or long pieces of each step's channels, a thread runs
+// its own from end to end. Otherwise threads would share memory in short pieces, and the hardware
+// fetch for each of them what another one needs. So time is cut into tiles, dealt to the threads in
+// turn, and channels into groups: a thread runs its tile group by group, each as soon as the tile
+// before has left that group's state. Nothing is computed or read twice.
+template <class S, class Body>
+void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
+  const int64_t H = p.width, row_bytes = H * element_bytes;
+  const auto enter = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
+    const S* entering = static_cast<const S*>(p.state_in);
+    for (int64_t c = 0; c < width; ++c) {
+      state[c] = entering ? entering[row * H + first + c] : S(0);
+      decay[c] = S(1);
+    }
+  };
+  const auto leave = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
+    std::memcpy(static_cast<S*>(p.state) + row * H + first, state, width * sizeof(S));
+    if (p.decay) std::memcpy(static_cast<S*>(p.decay) + row * H + first, decay, width * sizeof(S));
+  };
+  // Groups of whole vectors, as equal as can be, of which the last may be narrower.
+  const auto group_width = [&](int64_t n) { return ((H + n - 1) / n + 15) / 16 * 16; };
+  const auto narrower = [](int64_t a, int64_t b) { return a < b ? a : b; };
+
+  const int64_t length = TILE / H + 1, tiles = (p.steps + length - 1) / length;
+  const bool narrow = H < 16 * p.threads;  // fewer groups of whole vectors than threads
+  if (p.batch >= p.threads || row_bytes / p.threads >= PIECE || narrow || tiles < 2 * p.threads) {
+    int64_t groups = (H + BLOCK - 1) / BLOCK;
+    while (p.batch * groups < p.threads && H / (groups + 1) >= 16) ++groups;
+    const int64_t width = group_width(groups);
+    groups = (H + width - 1) / width;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
+    for (int64_t task = 0; task < p.batch * groups; ++task) {
+      const int64_t row = task / groups, first = task % groups * width;
+      const int64_t own = narrower(width, H - first);
+      alignas(64) S state[BLOCK], decay[BLOCK];
+      enter(row, first, own, state, decay);
+      const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1, 0};
+      body(tile, state, decay);
+      leave(row, first, own, state, decay);
+    }
+    return;
+  }
+
+  const int64_t width = group_width(SHARES * p.threads), groups = (H + width - 1) / width;
+  struct alignas(64) Progress {  // alone on its cache line
+    std::atomic<int64_t> tiles{0};  // of all rows, in the order of the scan
+  };
+  std::vector<Progress> progress(groups);
+  std::vector<Aligned<S>> states(groups * width / 16), decays(groups * width / 16);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int64_t threads = omp_get_num_threads();
+    for (int64_t n = omp_get_thread_num(); n < p.batch * tiles; n += threads) {
+      const int64_t row = n / tiles, i = backwards ? tiles - 1 - n % tiles : n % tiles;
+      const int64_t begin = i * length, end = narrower(begin + length, p.steps);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * width, own = narrower(width, H - first);
+        S *state = states.front().channels + first, *decay = decays.front().channels + first;
+        unsigned spins = 0;
+        while (progress[g].tiles.load(std::memory_order_acquire) != n)
+          if (++spins % 1024 == 0) sched_yield();  // there may be more threads than processors
+        if (n % tiles == 0) enter(row, first, own, state, decay);
+        const int64_t ahead = threads * length, next = (ahead + g * (length / groups)) * H;
+        const Tile<true> tile{row, begin, end, first, own, ahead, next};
+        body(tile, state, decay);
+        if (n % tiles == tiles - 1) leave(row, first, own, state, decay);
+        progress[g].tiles.store(n + 1, std::memory_order_release);
+      }
+    }
+  }
+}
+
+enum Kernel { FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD };
+
+template <class R, class T, class S>
+void run_kernel(int kernel, const Arguments& p) {
+  const Scan<R, T, S> scan{p};
+  const auto start = [&](bool backwards, auto body) { run<S>(p, sizeof(T), backwards, body); };
+  switch (kernel) {
+    case FORWARD:
+      return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<true>(tile, h, A); });
+    case SUMMARIZE:
+      return start(false,
+                   [&](auto& tile, S* h, S* A) { scan.template forward<false>(tile, h, A); });
+    case BACKWARD:
+      return start(true, [&](auto& tile, S* G, S*) { scan.backward(tile, G); });
+    case SUMMARIZE_BACKWARD:
+      return start(true, [&](auto& tile, S* G, S* A) { scan.summarize_backward(tile, G, A); });
+  }
+}
+
+}  // namespace
+
+// kernel: enum Kernel. dtype: 0 fp32, 1 bf16, 2 fp64.
+extern "C" void longhaul_scan(int kernel, int dtype, const Arguments* arguments) {
+  switch (dtype) {
+    case 0: return run_kernel<GATES, float, float>(kernel, *arguments);
+    case 1: return run_kernel<GATES, bf16, float>(kernel, *arguments);
+    case 2: return run_kernel<GATES, double, double>(kernel, *arguments);
+  }
+}

@@ -1,0 +1,121 @@
+"""A comparison's file: every fault at once, and named."""
+
+import shutil
+
+import pytest
+
+from data_prep.synthetic import SyntheticSettings, prepare_synthetic
+from launch.compare.file import load_comparison
+from trainer.settings import ConfigError
+
+
+def _faults(tmp_path, text: str, *overrides: str) -> str:
+    path = tmp_path / "compare.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_comparison(path, list(overrides))
+    return str(caught.value)
+
+
+def test_faults_of_the_section_are_told_together(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3,\n"
+        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3]},\n"
+        "  learning_rates: [0.1, 0], seeds: [-1], published: {txt: {mamba: 1.5}}}\n"
+        "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",
+    )
+    for part in (
+        "compare.yaml:1: compare.mixers: 'gru' is not one of",
+        "compare.lengths: the list is empty",
+        "compare.match: 'depth' is not width or layers",
+        "compare.repetitions: 0 is not positive",
+        "compare.stepz: unknown key; the nearest known one is compare.steps",
+        "model.heads: 3 does not cut width 64",
+        "compare.memory_gib_per_worker: -1.0 is not positive",
+        "parallel.sp: 0 is not positive",
+        "evaluate.every: 0 evaluations on the way",
+        "compare.tasks: text sets model.dropout=0.1, which is the comparison's own",
+        "compare.tasks: text sets run.seed=3, which is the comparison's own",
+        "compare.learning_rates: 0.0 is not positive",
+        "compare.seeds: -1 is negative",
+        "compare.published: 'txt' is not one of the tasks text",
+    ):
+        assert part in said
+
+
+def test_faults_of_cells_and_trainings_say_where(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare:\n  mixers: [attention, mingru]\n  lengths: [64, 33]\n"
+        "  tasks: {text: [data.path=nowhere, train.steps=0]}\n"
+        "parallel: {sp: 2}\nlaunch: {workers: 2}\nevaluate: {every: 1}\n",
+    )
+    assert "attention at 33: train.seq_len: 33 is not divisible by parallel.sp 2" in said
+    assert "task text, mingru: train.steps: 0 is not positive" in said
+    assert said.count("nowhere holds no dataset.json") == 1
+
+
+def test_unknown_keys_of_a_task_are_told(tmp_path):
+    said = _faults(
+        tmp_path, "compare: {lengths: [64], tasks: {text: [train.stepz=3]}}\nevaluate: {every: 1}\n"
+    )
+    assert "task text: command line: train.stepz: unknown key" in said
+
+
+def test_heads_that_ranks_do_not_divide_are_refused(tmp_path):
+    said = _faults(
+        tmp_path,
+        "compare: {mixers: [attention], lengths: [66]}\nmodel: {heads: 2, width: 64}\n"
+        "parallel: {sp: 3}\nlaunch: {workers: 3}\n",
+    )
+    assert "model.heads: 2 heads of attention cannot be dealt to parallel.sp 3 ranks" in said
+
+
+def test_command_line_overrides_what_a_task_sets(tmp_path, dataset):
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        f"compare: {{lengths: [64], tasks: {{text: [train.steps=9, train.seq_len=64]}}}}\n"
+        f"data: {{path: {dataset}}}\nevaluate: {{every: 1}}\n"
+    )
+    (run,) = load_comparison(path, ["train.steps=3"]).tasks["text"]["mingru"]
+    assert (run.train.steps, run.train.seq_len) == (3, 64)
+
+
+def test_a_training_on_other_data_is_another(tmp_path):
+    """Data made anew at the same place: what was trained on the old does not pass for it."""
+    path, data = tmp_path / "compare.yaml", tmp_path / "data"
+    path.write_text(
+        f"compare: {{lengths: [64], tasks: {{copy: [train.seq_len=64]}}}}\n"
+        f"data: {{path: {data}}}\nevaluate: {{every: 1}}\n"
+    )
+    folders = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(data, ignore_errors=True)
+        prepare_synthetic(SyntheticSettings("copy", 64, train=4, held_out=2, seed=seed), data)
+        (run,) = load_comparison(path, []).tasks["copy"]["mingru"]
+        folders.append(run.run.dir)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_all_cells_see_the_same_tokens_and_parameters(tmp_path):
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        """
+compare:
+  mixers: [attention, minlstm, [mingru, window]]
+  lengths: [64, 256, 2048]
+  tokens_per_step: 1024
+  micro_batch_tokens: 256
+model: {layers: 2, width: 64, window: 16}
+parallel: {sp: 2}
+launch: {workers: 4}
+"""
+    )
+    comparison = load_comparison(path, [])
+    for (_, length), cell in comparison.cells.items():
+        train = cell.train
+        assert train.seq_len == length
+        assert train.batch_size * length == max(1024, 2 * length)  # a sequence for each of dp=2
+        assert train.micro_batch_size == max(1, 256 // length)
+    assert list(comparison.models) == ["attention", "minlstm", "mingru+window"]

@@ -1,0 +1,123 @@
+"""What is wrong with a configuration beyond the bounds of its fields. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
+from trainer.settings import Fault, field_faults
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+
+def value_faults(config: Config) -> Iterator[Fault]:
+    """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
+    for name, message in config.model.faults():
+        yield f"model.{name}", message
+    yield from field_faults(config)
+    train, parallel = config.train, config.parallel
+    if train.segment_len not in (None, train.seq_len):
+        yield (
+            "train.segment_len",
+            f"{train.segment_len} is not train.seq_len: streamed segments are not built yet, "
+            f"leave it null",
+        )
+    if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
+        yield from _sharding_faults(config)
+
+
+def _sharding_faults(config: Config) -> Iterator[Fault]:
+    train, sp, workers = config.train, config.parallel.sp, config.launch.workers
+    model = None if config.model.faults() else config.model
+    if train.seq_len % sp:
+        nearest = train.seq_len // sp * sp or sp
+        yield (
+            "train.seq_len",
+            f"{train.seq_len} is not divisible by parallel.sp {sp}: use {nearest}",
+        )
+    elif model and sp > 1 and (tokens := config.layout().shard_tokens) < model.halo_width:
+        yield (
+            "train.seq_len",
+            f"{train.seq_len} gives shards of {tokens} tokens, fewer than the "
+            f"{model.halo_width} before it that a convolution or window sees: lengthen it or "
+            f"lower parallel.sp",
+        )
+    if model:
+        for name, message in model.sp_faults(sp):
+            yield f"model.{name}", message
+    if workers % sp:
+        yield (
+            "parallel.sp",
+            f"{sp} does not divide launch.workers {workers}: "
+            f"use {workers // sp * sp or sp} workers",
+        )
+        return
+    parts = config.dp * train.micro_batch_size
+    if train.batch_size % parts:
+        nearest = max(1, round(train.batch_size / parts)) * parts
+        yield (
+            "train.batch_size",
+            f"{train.batch_size} is not divisible by dp {config.dp} * train.micro_batch_size "
+            f"{train.micro_batch_size}: use {nearest}",
+        )
+
+
+def data_faults(config: Config) -> Iterator[Fault]:
+    """(key, what is wrong) with the data that the run asks for."""
+    data = config.data
+    if "://" in data.path:
+        if not data.cache:
+            yield "data.cache", "a URL in data.path needs a local folder here for its shards"
+        return  # the workers read it; nothing is known on this machine
+    try:
+        info = load_info(data.path)
+    except ValueError as error:
+        yield "data.path", str(error)
+        return
+    for split in SPLITS:
+        for fault in file_faults(data.path, split):
+            yield "data.path", fault
+    yield from info_faults(config, info)
+
+
+def data_fingerprint(config: Config) -> str | None:
+    """Of the data, where it lies on this machine; that it does not is told as a fault."""
+    try:
+        return load_info(config.data.path).fingerprint
+    except ValueError:
+        return None
+
+
+def info_faults(config: Config, info: DatasetInfo) -> Iterator[Fault]:
+    """(key, what is wrong) where the run does not fit the data; workers ask it for a URL's."""
+    data = config.data
+    if info.vocab_size > config.model.vocab_size:
+        yield (
+            "model.vocab_size",
+            f"{config.model.vocab_size} is below the {info.vocab_size} tokens of {data.path}",
+        )
+    if info.synthetic and info.synthetic.sequence_tokens != config.train.seq_len:
+        yield (
+            "train.seq_len",
+            f"{config.train.seq_len} is not the {info.synthetic.sequence_tokens} tokens that every "
+            f"sequence of {data.path} has: use that",
+        )
+    if info.synthetic and data.shift:
+        yield "data.shift", f"every sequence of {data.path} is a document of its own: leave it off"
+    needed = config.train.seq_len + 1
+    training = needed + (config.train.seq_len - 1 if data.shift else 0)
+    if info.splits["train"].tokens < training:
+        yield (
+            "train.seq_len",
+            f"{config.train.seq_len} needs {training} tokens, {data.path} has "
+            f"{info.splits['train'].tokens}: shorten it or prepare more text",
+        )
+    if config.evaluate.sequences and info.splits["held_out"].tokens < needed:
+        yield (
+            "evaluate.sequences",
+            f"the held-out split of {data.path} has {info.splits['held_out'].tokens} tokens, one "
+            f"sequence needs {needed}: use 0 for no evaluation, or prepare the data with a larger "
+            f"--held-out",
+        )

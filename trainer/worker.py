@@ -1,0 +1,80 @@
+"""A worker: a configuration on a device, at its place among the others. The only start-up."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import Config
+from trainer.events import Event, Report, Warned, silent
+from trainer.layout import Layout
+from trainer.memory import keep_freed_memory
+from trainer.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a run. Every worker makes every call that exchanges, in the same order."""
+
+    config: Config
+    device: torch.device
+    topology: Topology
+    report: Report = silent
+
+    @classmethod
+    def join(cls, config: Config, report: Report = silent) -> "Worker":
+        """Take this process's place in the world that its launcher has described.
+
+        Raises ValueError where there is none, or GPUs are asked for and too few.
+        """
+        keep_freed_memory()
+        parallel = config.parallel
+        device = join_group(parallel.timeout_seconds, config.launch.gpus_per_worker > 0)
+        return cls(config, device, Topology(parallel.sp, parallel.timeout_seconds), report)
+
+    @property
+    def layout(self) -> Layout:
+        """Which tokens of a sequence this rank holds."""
+        return self.config.layout(self.topology.sp_rank)
+
+    def tell(self, event: Event) -> bool:
+        """Report it, if this is rank 0; whether whoever watches asks to stop."""
+        return self.topology.first and self.report(event)
+
+    def warn(self, message: str) -> None:
+        self.tell(Warned(message))
+
+
+def join_group(timeout_seconds: float, use_gpu: bool = False) -> torch.device:
+    """Join the process group (NCCL with GPUs, gloo without) and return this rank's device.
+
+    Reads the usual RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is
+    a run of one process. A group that the launcher has already joined is kept.
+    Raises ValueError where GPUs are asked for and there are too few.
+    """
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
+    device = torch.device("cpu")
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    else:  # a launcher may show a worker all GPUs of the machine, or its own alone
+        visible = torch.cuda.device_count()
+        if visible == 0 or (1 < visible <= local_rank):
+            raise ValueError(
+                f"launch.gpus_per_worker asks for GPUs, but worker {local_rank} of this machine "
+                f"finds {visible}: start fewer workers on it, or set launch.gpus_per_worker 0"
+            )
+        device = torch.device("cuda", local_rank if visible > 1 else 0)
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        backend = "nccl" if use_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    return device
