@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 # Queries at a time where a mask is needed over a cache: bounds the mask to this many rows.
 _MASKED_ROWS = 512
@@ -166,6 +165,8 @@ def _attend_after(
     past: int, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, reset: Tensor | None
 ) -> Tensor:
     """q [B, T, ...] against keys [B, past + T, ...], of which `visible` tells the first."""
+    from torch.nn.attention.bias import causal_lower_right  # imports the compiler, 1.2 s
+
     steps = q.shape[1]
     masked = reset is not None or visible.shape[1] > 0
     if masked:

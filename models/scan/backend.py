@@ -91,9 +91,12 @@ def choose_backend(name: str, recurrence: Recurrence, device: str, dtype: torch.
     return _constant_choice(name, recurrence.name, device, dtype)
 
 
-@torch.compiler.assume_constant_result
 def _constant_choice(name: str, recurrence: str, device: str, dtype: torch.dtype) -> str:
     return _choose(name, recurrence, device, dtype)
+
+
+# As torch.compiler.assume_constant_result does it, which would import the compiler: 1.5 s a process.
+_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -184,6 +187,17 @@ def _span(tensors: list[Tensor], problem: Problem) -> Span:
     return Span(decay, state, tuple(kept), problem.recurrence.kind)
 
 
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """The same, but none a view of another's memory: an operator's results must not be."""
+    seen: set[int] = set()
+    for i, x in enumerate(tensors):
+        place = x.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[i] = x.clone()
+        seen.add(place)
+    return tensors
+
+
 def _solver(how: str, inputs: list[Tensor], reset: Tensor | None = None) -> tuple[Backend, Problem]:
     backend, _, recurrence = how.partition("/")
     return load(backend), Problem(KNOWN[recurrence], tuple(inputs), reset)
@@ -201,7 +215,7 @@ def _forward(
 ) -> list[Tensor]:
     backend, problem = _solver(how, inputs, reset)
     scanned = backend.forward(problem, h_in, _span(span, problem) if span else None)
-    return [scanned.y, scanned.h_last, *scanned.kept]
+    return _apart([scanned.y, scanned.h_last, *scanned.kept])
 
 
 @custom_op("longhaul::scan_summarize_backward", mutates_args=())
@@ -229,7 +243,7 @@ def _backward(
         (grads[0], grads[1]),
         _span(span, problem) if span else None,
     )
-    return [*gradients, grad_h_in]
+    return _apart([*gradients, grad_h_in])
 
 
 def _empty_span(inputs: list[Tensor], how: str) -> list[Tensor]:

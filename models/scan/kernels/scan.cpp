@@ -18,7 +18,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -58,8 +58,8 @@ struct Tile {
   static constexpr bool distant = DISTANT;
   int64_t row, begin, end, first, width, ahead, next;
 
-  static inline void fetch(const void* p) { __builtin_prefetch(p, 0, DISTANT ? 2 : 3); }
-  static inline void fetch_to_write(void* p) {
+  static INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, DISTANT ? 2 : 3); }
+  static INLINE void fetch_to_write(void* p) {
     if (DISTANT) __builtin_prefetch(p, 1, 2);  // the hardware does it for a thread's own stream
   }
 };
@@ -72,45 +72,64 @@ inline void for_lanes(int64_t n, Body body) {
   if (c < n) body(c, n - c);
 }
 
-// Call f(i) for i = 0 .. N - 1, each i a constant to the compiler, so that values stay in registers.
-template <int N, class F>
-inline void each(F f) {
-  if constexpr (N > 0) {
-    each<N - 1>(f);
-    f(std::integral_constant<int, N - 1>());
+template <int N>
+using First = std::make_integer_sequence<int, N>;  // 0 .. N - 1, each a constant to the compiler
+template <int... I>
+using Numbers = std::integer_sequence<int, I...>;
+
+// A channel's place in a row of every input: value i is part i % PARTS of input i / PARTS. Passed by
+// value and unrolled by folds, or values would go through memory.
+template <class R, class Pointer>
+struct Rows {
+  static constexpr int P = R::PARTS;
+  Pointer of[R::TENSORS];
+
+  template <class Given, int... I>
+  static INLINE Rows at(Given* const* given, int64_t step, int64_t H, int64_t first, Numbers<I...>) {
+    return {{static_cast<Pointer>(given[I]) + step * P * H + first...}};
   }
-}
+  template <int... I>
+  INLINE void advance(int64_t elements, Numbers<I...>) {
+    ((of[I] += elements), ...);
+  }
+  INLINE Pointer value(int i, int64_t channel, int64_t H) const {
+    return of[i / P] + channel + (i % P) * H;
+  }
+};
 
 // The four kernels over one tile. `state` and `decay` enter as the tile's neighbour left them.
 template <class R, class T, class S>
 struct Scan {
   static constexpr int P = R::PARTS, VALUES = R::TENSORS * R::PARTS;
   static_assert(VALUES <= MOST && R::DECAY_READS <= P);
+  using In = Rows<R, const T*>;
+  using Out = Rows<R, T*>;
+  using V = Vec<S>;
+  static constexpr First<R::TENSORS> TENSORS{};
+  static constexpr First<VALUES> ALL{};
+  static constexpr First<R::DECAY_READS> DECAY{};
+  static constexpr First<R::BACKWARD_READS> BACKWARD{};
   const Arguments& p;
 
-  // Pointers to the first channel of a tile, in one row of every input.
-  template <class Pointer>
-  struct Rows {
-    Pointer of[R::TENSORS];
-    inline void advance(int64_t elements) {
-      each<R::TENSORS>([&](auto t) { of[t] += elements; });
-    }
-    // value i of a channel, in rows of H channels
-    inline Pointer value(int i, int64_t channel, int64_t H) const {
-      return of[i / P] + channel + (i % P) * H;
-    }
-  };
-  template <class Pointer, class Given>
-  static Rows<Pointer> rows(Given* const* given, int64_t step, int64_t H, int64_t first) {
-    Rows<Pointer> rows;
-    each<R::TENSORS>([&](auto t) { rows.of[t] = static_cast<Pointer>(given[t]) + step * P * H + first; });
-    return rows;
+  template <class Count, int... I>
+  static INLINE Values<V> read(In x, int64_t c, int64_t H, Count count, Numbers<I...>) {
+    return {{load(x.value(I, c, H), count)...}};
   }
-  template <int READS, class Pointer, class Count>
-  static inline Values<Vec<S>> values(const Rows<Pointer>& x, int64_t c, int64_t H, Count count) {
-    Values<Vec<S>> read{};
-    each<READS>([&](auto i) { read[i] = load(x.value(i, c, H), count); });
-    return read;
+  template <class Count, int... I>
+  static INLINE void write(Out x, int64_t c, int64_t H, const Values<V>& d, Count count,
+                           Numbers<I...>) {
+    (store(x.value(I, c, H), d[I], count), ...);
+  }
+  // what a step `ahead` elements of a value on will read, or write
+  template <class AnyTile, int... I>
+  static INLINE void fetch(const AnyTile& tile, In x, int64_t c, int64_t W, int64_t ahead,
+                           Numbers<I...>) {
+    (tile.fetch(x.value(I, c, W) + P * ahead), ...);
+  }
+  template <class AnyTile, int... I>
+  static INLINE void fetch_to_write(const AnyTile& tile, Out x, int64_t c, int64_t W,
+                                    int64_t ahead, Numbers<I...>) {
+    (tile.fetch_to_write(x.value(I, c, W) + P * ahead), ...);
   }
 
   bool reset(int64_t row, int64_t t) const { return p.reset && p.reset[row * p.steps + t]; }
@@ -119,23 +138,23 @@ struct Scan {
   template <bool WRITE, class AnyTile>
   void forward(const AnyTile& tile, S* state, S* decay) const {
     const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
-    auto x = rows<const T*>(p.x, start, H, tile.first);
+    In x = In::at(p.x, start, H, tile.first, TENSORS);
     T* out = static_cast<T*>(p.out[0]) + (WRITE ? start * H + tile.first : 0);
     int64_t ahead = AnyTile::distant ? tile.next - tile.first / P : tile.ahead * H;
     const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
-    for (int64_t t = tile.begin; t < tile.end; ++t, x.advance(P * H), out += H, ahead += W - H) {
+    for (int64_t t = tile.begin; t < tile.end; ++t, x.advance(P * H, TENSORS), out += H, ahead += W - H) {
       if (reset(tile.row, t))
         for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
-        each<VALUES>([&](auto i) { tile.fetch(x.value(i, c, W) + P * ahead); });
-        const Step<Vec<S>> step = R::gates(values<VALUES>(x, c, H, count));
-        const Vec<S> h = step.a * load(state + c) + step.b;
+        fetch(tile, x, c, W, ahead, ALL);
+        const Step<V> step = R::gates(read(x, c, H, count, ALL));
+        const V h = step.a * load(state + c) + step.b;
         store(state + c, h);
         if constexpr (WRITE) {
           tile.fetch_to_write(out + c + ahead);
           store(out + c, h, count);
         } else {
-          store(decay + c, Vec<S>(step.a * load(decay + c)));
+          store(decay + c, V(step.a * load(decay + c)));
         }
       });
     }
@@ -145,10 +164,10 @@ struct Scan {
   template <class AnyTile>
   void summarize_backward(const AnyTile& tile, S* state, S* decay) const {
     const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
-    auto x = rows<const T*>(p.x, end, H, tile.first);
+    In x = In::at(p.x, end, H, tile.first, TENSORS);
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
     for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
-      x.advance(-P * H);
+      x.advance(-P * H, TENSORS);
       o -= H;
       if (reset(tile.row, t)) {
         for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
@@ -156,10 +175,10 @@ struct Scan {
       }
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         tile.fetch(o + c - ahead);
-        each<R::DECAY_READS>([&](auto i) { tile.fetch(x.value(i, c, H) - P * ahead); });
-        const Vec<S> a = R::decay(values<R::DECAY_READS>(x, c, H, count));
-        store(state + c, Vec<S>(a * (load(o + c, count) + load(state + c))));
-        store(decay + c, Vec<S>(a * load(decay + c)));
+        fetch(tile, x, c, H, -ahead, DECAY);
+        const V a = R::decay(read(x, c, H, count, DECAY));
+        store(state + c, V(a * (load(o + c, count) + load(state + c))));
+        store(decay + c, V(a * load(decay + c)));
       });
     }
   }
@@ -168,32 +187,31 @@ struct Scan {
   template <class AnyTile>
   void backward(const AnyTile& tile, S* state) const {
     const int64_t H = p.width, end = tile.row * p.steps + tile.end;
-    auto x = rows<const T*>(p.x, end, H, tile.first);
-    auto dx = rows<T*>(p.out, end, H, tile.first);
+    In x = In::at(p.x, end, H, tile.first, TENSORS);
+    Out dx = Out::at(p.out, end, H, tile.first, TENSORS);
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
     const T* h = static_cast<const T*>(p.h) + end * H + tile.first;
     const S* h_in = static_cast<const S*>(p.h_in) + tile.row * H + tile.first;
     int64_t ahead = AnyTile::distant ? tile.next + tile.first / P : tile.ahead * H;
     const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
     for (int64_t t = tile.end - 1; t >= tile.begin; --t, ahead += W - H) {
-      x.advance(-P * H);
-      dx.advance(-P * H);
+      x.advance(-P * H, TENSORS);
+      dx.advance(-P * H, TENSORS);
       o -= H;
       h -= H;
       const bool cleared = reset(tile.row, t);
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         tile.fetch(o + c - ahead);
         tile.fetch(h + c - ahead - H);
-        each<R::BACKWARD_READS>([&](auto i) { tile.fetch(x.value(i, c, W) - P * ahead); });
-        const Vec<S> q = load(o + c, count) + load(state + c);
-        Vec<S> previous{};  // the state before the step
+        fetch(tile, x, c, W, -ahead, BACKWARD);
+        const V q = load(o + c, count) + load(state + c);
+        V previous{};  // the state before the step
         if (!cleared) previous = t > 0 ? load(h + c - H, count) : load(h_in + c, count);
-        Values<Vec<S>> d;
-        const Vec<S> a =
-            R::backward(q, previous, values<R::BACKWARD_READS>(x, c, H, count), &d);
-        each<VALUES>([&](auto i) { tile.fetch_to_write(dx.value(i, c, W) - P * ahead); });
-        each<VALUES>([&](auto i) { store(dx.value(i, c, H), d[i], count); });
-        store(state + c, Vec<S>(a * q));
+        Values<V> d;
+        const V a = R::backward(q, previous, read(x, c, H, count, BACKWARD), &d);
+        fetch_to_write(tile, dx, c, W, -ahead, ALL);
+        write(dx, c, H, d, count, ALL);
+        store(state + c, V(a * q));
       });
       if (cleared)
         for (int64_t c = 0; c < tile.width; ++c) state[c] = S(0);

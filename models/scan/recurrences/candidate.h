@@ -6,11 +6,11 @@ namespace {
 
 // g(v) = v + 0.5 above zero, s below.
 template <class V>
-inline V candidate(V v, V s) {
+INLINE V candidate(V v, V s) {
   return v >= 0 ? v + (V{} + 1) / 2 : s;
 }
 template <class V>
-inline V slope(V v, V s) {
+INLINE V slope(V v, V s) {
   return v >= 0 ? V{} + 1 : s * (1 - s);
 }
 

@@ -9,15 +9,15 @@ struct Linear {
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 1;
 
   template <class V>
-  static inline V decay(const Values<V>& x) {
+  static INLINE V decay(const Values<V>& x) {
     return x[0];
   }
   template <class V>
-  static inline Step<V> gates(const Values<V>& x) {
+  static INLINE Step<V> gates(const Values<V>& x) {
     return {x[0], x[1]};
   }
   template <class V>
-  static inline V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     (*d)[0] = q * previous;
     (*d)[1] = q;
     return x[0];

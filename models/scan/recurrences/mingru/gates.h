@@ -11,19 +11,19 @@ struct MinGRU {
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 2;
 
   template <class V>
-  static inline V decay(const Values<V>& x) {
+  static INLINE V decay(const Values<V>& x) {
     V ek = exp_minus(x[0]);
     return ek / (1 + ek);
   }
   template <class V>
-  static inline Step<V> gates(const Values<V>& x) {
+  static INLINE Step<V> gates(const Values<V>& x) {
     V ek = exp_minus(x[0]), ev = exp_minus(x[1]);
     V r = 1 / ((1 + ek) * (1 + ev));
     V z = (1 + ev) * r;
     return {ek * z, z * candidate(x[1], (1 + ek) * r)};
   }
   template <class V>
-  static inline V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     V ek = exp_minus(x[0]), ev = exp_minus(x[1]);
     V r = 1 / ((1 + ek) * (1 + ev));
     V z = (1 + ev) * r, s = (1 + ek) * r;

@@ -14,7 +14,7 @@ struct MinLSTM {
 
   // Only f - i matters once both gates are all but closed: keep them within exp_minus's range.
   template <class V>
-  static inline void lift(V* f, V* i) {
+  static INLINE void lift(V* f, V* i) {
     if constexpr (!NORMALIZE) return;
     const auto floor = V{} - (sizeof((*f)[0]) == 4 ? 20 : 100);
     V larger = *f > *i ? *f : *i;
@@ -23,7 +23,7 @@ struct MinLSTM {
     *i += by;
   }
   template <class V>
-  static inline V decay(const Values<V>& x) {
+  static INLINE V decay(const Values<V>& x) {
     V f = x[0], i = x[1];
     lift(&f, &i);
     V ef = exp_minus(f);
@@ -32,7 +32,7 @@ struct MinLSTM {
     return (1 + ei) / (2 + ei + ef);
   }
   template <class V>
-  static inline Step<V> gates(const Values<V>& x) {
+  static INLINE Step<V> gates(const Values<V>& x) {
     V f = x[0], i = x[1], v = x[2];
     lift(&f, &i);
     V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
@@ -42,7 +42,7 @@ struct MinLSTM {
     return {(1 + ei) * total, (1 + ef) * total * candidate(v, (2 + ei + ef) * r)};
   }
   template <class V>
-  static inline V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     V f = x[0], i = x[1], v = x[2];
     lift(&f, &i);
     V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);

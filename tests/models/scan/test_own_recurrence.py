@@ -1,0 +1,125 @@
+"""The scan admits any recurrence: one that is in no table runs everywhere, without an edit."""
+
+import inspect
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.scan import Inputs, Recurrence, linear_scan, scan
+from tests.distributed import run_distributed
+from tests.models.scan.cases import make_reset, outputs_and_gradients
+from tests.models.scan.own_recurrence import OWN, Readout, own_inputs
+from trainer.parallel.carry import CarryExchange
+from trainer.parallel.topology import Topology
+
+BATCH, SHARD = 2, 7
+by_name = pytest.mark.parametrize("recurrence", OWN, ids=lambda r: r.name)
+
+
+def _h0(recurrence: Recurrence, inputs: Inputs) -> Tensor:
+    shape, dtype = recurrence.state_shape(inputs), recurrence.state_dtype(inputs)
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@by_name
+@pytest.mark.parametrize("where", ["none", "edges"])
+@pytest.mark.parametrize("steps", [1, 23])
+def test_chunked_equals_the_definition(recurrence, steps, where):
+    inputs = own_inputs(recurrence, BATCH, steps)
+    h0, reset = _h0(recurrence, inputs), make_reset(BATCH, steps, where)
+    expected = outputs_and_gradients(recurrence, inputs, h0, reset, "reference")
+    actual = outputs_and_gradients(recurrence, inputs, h0, reset, "chunked")
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@by_name
+def test_finite_differences_agree(recurrence):
+    inputs = own_inputs(recurrence, 1, 5)
+    h0 = _h0(recurrence, inputs)
+    assert torch.autograd.gradcheck(
+        lambda h0, *inputs: scan(recurrence, inputs, h0, backend="chunked"), (h0, *inputs)
+    )
+
+
+def _check_shards(backend: str) -> int:
+    """On every rank: shards of a sequence give what the whole gives, and so do its gradients."""
+    group = Topology(torch.distributed.get_world_size()).sequence
+    mine = slice(group.rank * SHARD, (group.rank + 1) * SHARD)
+    for recurrence in OWN:
+        for where in ("none", "random"):
+            torch.manual_seed(3)
+            inputs = own_inputs(recurrence, BATCH, SHARD * group.size)
+            h0 = _h0(recurrence, inputs)
+            reset = make_reset(BATCH, SHARD * group.size, where)
+            y, h_last = scan(recurrence, inputs, h0, reset=reset, backend="reference")
+            cotangents = [torch.randn_like(y), torch.randn_like(h_last)]
+            want = torch.autograd.grad([y, h_last], [h0, *inputs], cotangents)
+            shard = tuple(x.detach()[:, mine].clone().requires_grad_() for x in inputs)
+            got_y, got_last = scan(
+                recurrence,
+                shard,
+                h0,
+                reset=None if reset is None else reset[:, mine],
+                backend=backend,
+                exchange=CarryExchange(group),
+            )
+            cotangents[0] = cotangents[0][:, mine]
+            got = torch.autograd.grad([got_y, got_last], [h0, *shard], cotangents)
+            expected = [y[:, mine], h_last, want[0], *(g[:, mine] for g in want[1:])]
+            for actual, reference in zip([got_y, got_last, *got], expected, strict=True):
+                torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
+    return len(OWN)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_shards_equal_the_whole(ranks, backend):
+    assert run_distributed(_check_shards, ranks, backend) == [len(OWN)] * ranks
+
+
+def test_it_takes_under_sixty_lines():
+    assert len(inspect.getsource(Readout).splitlines()) < 60
+
+
+def test_auto_falls_back_to_chunked_and_says_so_once():
+    recurrence = _Named("only here")
+    inputs = own_inputs(recurrence, BATCH, 9)
+    with pytest.warns(UserWarning, match="only here runs in plain torch.*no gates in C"):
+        first = scan(recurrence, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = scan(recurrence, inputs)
+    torch.testing.assert_close(first, again)
+    with pytest.raises(ValueError, match="'native' cannot be used: only here has no gates"):
+        scan(recurrence, inputs, backend="native")
+
+
+@dataclass(frozen=True)
+class _Named(Readout):
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class _Scaled(Readout):
+    name = "scaled"
+    scale: float = 1.0
+
+
+def test_two_recurrences_of_one_name_are_refused():
+    inputs = own_inputs(Readout(), 1, 3)
+    scan(_Scaled(scale=1.0), inputs, backend="chunked")
+    scan(_Scaled(scale=1.0), inputs, backend="chunked")
+    with pytest.raises(ValueError, match="two recurrences are named 'scaled'"):
+        scan(_Scaled(scale=2.0), inputs, backend="chunked")
+
+
+def test_inputs_that_do_not_fit_are_named():
+    a, b, _ = own_inputs(Readout(), 1, 3)
+    with pytest.raises(ValueError, match="readout scan inputs must be a, b"):
+        scan(Readout(), (a, b, torch.zeros(1, 3, 9, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"h0 must be \[B, H\] = \[1, 4\]"):
+        linear_scan(torch.rand(1, 2, 4), torch.rand(1, 2, 4), torch.rand(1, 3))
