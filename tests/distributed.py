@@ -1,13 +1,16 @@
-"""Run a function on N gloo ranks, each a process of its own.
+"""Run a function on N gloo ranks, each a process, which stay up from one call to the next.
 
-The ranks are forked from a server that has already imported the heavy libraries, so a start costs a
-fraction of a second instead of N imports.
+The ranks of a world are forked, once, from a server that has imported the heavy libraries already.
+A call that fails, or that leaves its processes changed (`fresh`), costs its world.
 """
 
+import atexit
 import multiprocessing
 import os
 import socket
 import traceback
+from multiprocessing.connection import Connection, wait
+from time import monotonic
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -20,40 +23,84 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_distributed(function: Any, world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """`function(*args)` on every rank of a new gloo world; the results in rank order.
+def run_distributed(
+    function: Any, world_size: int, *args: Any, timeout: float = 300, fresh: bool = False
+) -> list[Any]:
+    """`function(*args)` on every rank of a gloo world; the results in rank order.
 
-    Raises AssertionError with the traceback of every rank that failed.
+    `fresh`: in processes of its own, for a function that patches what others use, or dies. Raises
+    AssertionError with the traceback of every rank that failed.
     """
-    port = free_port()
-    results = CONTEXT.Queue()
-    ranks = [
-        CONTEXT.Process(target=_rank, args=(rank, world_size, port, results, function, args))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    outcomes: dict[int, tuple[bool, Any]] = {}
+    world = _World(world_size) if fresh else _WORLDS.get(world_size) or _World(world_size)
     try:
-        while len(outcomes) < world_size:
-            rank, ok, value = results.get(timeout=timeout)
-            outcomes[rank] = (ok, value)
-            if not ok:
-                break
-    finally:
-        for process in ranks:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-    failed = [f"rank {rank}:\n{value}" for rank, (ok, value) in outcomes.items() if not ok]
-    assert not failed, "\n".join(failed)
-    return [outcomes[rank][1] for rank in range(world_size)]
+        results = world.call(function, args, timeout)
+    except BaseException:
+        if not fresh:
+            _WORLDS.pop(world_size, None)
+        world.kill()
+        raise
+    if fresh:
+        world.kill()
+    else:
+        _WORLDS[world_size] = world
+    return results
 
 
-def _rank(
-    rank: int, world_size: int, port: int, results: Any, function: Any, args: tuple[Any, ...]
-) -> None:
+class _World:
+    """The processes of one world."""
+
+    def __init__(self, world_size: int) -> None:
+        port = free_port()
+        pipes = [CONTEXT.Pipe() for _ in range(world_size)]
+        self._ranks = [
+            CONTEXT.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._ranks:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+        self._pipes = [ours for ours, _ in pipes]
+
+    def call(self, function: Any, args: tuple[Any, ...], timeout: float) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        outcomes: dict[int, tuple[bool, Any]] = {}
+        deadline = monotonic() + timeout
+        while len(outcomes) < len(self._pipes) and all(ok for ok, _ in outcomes.values()):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
+            ready = wait(waiting, max(0, deadline - monotonic()))
+            assert ready, f"{len(waiting)} ranks did not answer within {timeout} s"
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    outcomes[rank] = pipe.recv()
+                except EOFError:
+                    outcomes[rank] = (False, "its process died")
+        failed = [f"rank {rank}:\n{value}" for rank, (ok, value) in outcomes.items() if not ok]
+        assert not failed, "\n".join(failed)
+        return [outcomes[rank][1] for rank in range(len(self._pipes))]
+
+    def kill(self) -> None:
+        for process in self._ranks:
+            process.kill()
+            process.join()
+
+
+_WORLDS: dict[int, _World] = {}  # by size
+
+
+@atexit.register
+def _kill_worlds() -> None:
+    for world in _WORLDS.values():
+        world.kill()
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    """One rank, for as long as it is asked."""
     import torch
+
+    from trainer.worker import join_group
 
     os.environ.update(
         RANK=str(rank),
@@ -63,12 +110,16 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # with NaN in uninitialised memory, as in conftest.py
-    try:
-        from trainer.worker import join_group
-
-        join_group(timeout_seconds=60)
-        results.put((rank, True, function(*args)))
-    except BaseException:
-        results.put((rank, False, traceback.format_exc()))
+    join_group(timeout_seconds=60)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:  # nobody asks any more
+            os._exit(0)
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)  # with NaN in new memory, as in conftest.py
+        torch.manual_seed(0)
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

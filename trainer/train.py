@@ -200,6 +200,7 @@ class _Run:
                     self.folder.write_result({"step": steps, **result})
         self.worker.tell(Ended(self.step, steps))
         self.engine.destroy()
+        self.topology.destroy()
 
     def _open_folder(self) -> None:
         """Make the folder and what a reader of the run needs besides its checkpoints."""

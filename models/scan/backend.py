@@ -95,7 +95,7 @@ def _constant_choice(name: str, recurrence: str, device: str, dtype: torch.dtype
     return _choose(name, recurrence, device, dtype)
 
 
-# As torch.compiler.assume_constant_result does it, which would import the compiler: 1.5 s a process.
+# As torch.compiler.assume_constant_result does, which would import the compiler: 1.5 s a process.
 _constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -85,5 +85,5 @@ def _planted(config_file: Path, stage: int) -> Figures:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_factor_of_sp_is_seen(config_file, stage):
     """The comparison above fails on gradients that are sp times too large."""
-    wrong = run_distributed(_planted, 2, config_file, stage)[0]
+    wrong = run_distributed(_planted, 2, config_file, stage, fresh=True)[0]
     assert _worst(wrong, plain_training(config_file)) > 100 * TOLERANCE

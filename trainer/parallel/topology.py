@@ -48,6 +48,11 @@ class Topology:
         """Whether this is rank 0, which writes and tells for all."""
         return self.rank == 0
 
+    def destroy(self) -> None:
+        """Leave the groups; for a process that goes on to other runs."""
+        for group in (self.sequence.group, self._alone, self.world_group):
+            dist.destroy_process_group(group)
+
     def gather(self, x: Tensor) -> Tensor:
         """x [...] of every worker as [dp * sp, ...], in rank order."""
         gathered = [torch.empty_like(x) for _ in range(self.world_size)]
