@@ -1,6 +1,5 @@
 """What a run costs: training steps on all workers, or reading and continuing a text on one."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from trainer.config import Config
 from trainer.data import MicroBatch
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import peak_flops
-from trainer.provenance import processor
 from trainer.step import accumulate_gradients, build_engine
 from trainer.worker import Worker
 
@@ -127,13 +125,6 @@ def measure_reading(config: Config, context: int, tokens: int, segment: int) -> 
         peak_memory_bytes=peak_memory_bytes(device) - idle,
         idle_memory_bytes=idle,
     )
-
-
-def hardware(use_gpu: bool) -> str:
-    """What a measurement ran on, for people: the GPU, or the processor and its cores."""
-    if use_gpu and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def _synchronize(device: torch.device) -> None:

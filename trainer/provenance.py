@@ -1,5 +1,6 @@
 """What a result was measured by and on. For benchmarks on bare machines too: Python alone."""
 
+import os
 import platform
 import re
 import subprocess
@@ -16,6 +17,16 @@ def commit() -> str:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"  # a working directory that Ray has uploaded
+
+
+def hardware(use_gpu: bool) -> str:
+    """What a measurement ran on, for people: the GPU, or the processor and its cores."""
+    if use_gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def processor() -> str:

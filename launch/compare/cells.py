@@ -1,13 +1,19 @@
 """Cells of a comparison on Ray: the same workers measure one after another."""
 
+from __future__ import annotations
+
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.compare.child import Call, Child, Failed
-from launch.compare.measurements import Cost
 from launch.gang import LaunchError, Placed, connect, environments, gang
 from trainer.config import Config
+from trainer.provenance import hardware
+
+if TYPE_CHECKING:  # a worker itself imports nothing heavy, its children do
+    from launch.compare.measurements import Cost
 
 
 class CellGang:
@@ -45,7 +51,8 @@ class CellGang:
         left = list(waiting)
         while left:
             done, left = ray.wait(left)
-            outcomes.update(zip(done, ray.get(done), strict=True))
+            answers = (pickle.loads(answer) for answer in ray.get(done))
+            outcomes.update(zip(done, answers, strict=True))
             if any(isinstance(outcomes[reference], Failed) for reference in done):
                 ray.get([worker.stop.remote(self._calls) for worker in self._workers])
         return [outcomes[reference] for reference in waiting]
@@ -74,15 +81,14 @@ class _CellWorker(Placed):
         self._stopped = 0  # the last call that was to be stopped
 
     def hardware(self, use_gpu: bool) -> str:
-        from trainer.measure import hardware
-
         return hardware(use_gpu)
 
-    def measure(self, environment: dict[str, str], number: int, call: Call) -> Cost | Failed:
+    def measure(self, environment: dict[str, str], number: int, call: Call) -> bytes:
+        """The pickled outcome."""
         self._child = Child(call, environment)
         if self._stopped == number:  # before it had begun
             self._child.stop()
-        return self._child.wait()
+        return self._child.wait_pickled()
 
     def stop(self, number: int) -> None:
         self._stopped = number

@@ -1,24 +1,24 @@
 """A measurement in a child process: its peak of memory is its own, and it has an end.
 
-A cell that runs out of memory or time takes nothing else with it.
+A cell that runs out of memory or time takes nothing else with it. The process that starts it
+imports nothing heavy: what is called goes by name, what it returns is passed on as it was pickled.
 """
 
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Thread
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from trainer.config import Config
 
@@ -38,7 +38,7 @@ class Failed:
 class Call:
     """function(config, *arguments), within limits."""
 
-    function: Callable[..., Any]
+    function: str  # module:name
     config: Config
     arguments: tuple[Any, ...] = ()
     seconds: float = 60.0
@@ -56,7 +56,7 @@ class Child:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when the server imports DeepSpeed
         self._seconds, self._stopped = call.seconds, False
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "launch.compare.measurements"])
+        context.set_forkserver_preload(["torch", "deepspeed", "trainer.measure"])
         self._answer, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(theirs, call, environment), daemon=True)
         # A child would import the program that started this one; it needs nothing of it.
@@ -69,17 +69,22 @@ class Child:
 
     def wait(self) -> Any:
         """What the call returned, or `Failed`; a child that takes longer is killed."""
+        return pickle.loads(self.wait_pickled())
+
+    def wait_pickled(self) -> bytes:
+        """The same, for somebody else to read."""
         try:
             if not self._answer.poll(self._seconds):
-                return Failed(OUT_OF_TIME)
-            return self._answer.recv()
+                return pickle.dumps(Failed(OUT_OF_TIME))
+            return self._answer.recv_bytes()
         except EOFError:  # it died without a word
             if self._stopped:
-                return Failed(STOPPED)
+                return pickle.dumps(Failed(STOPPED))
             self._process.join(5)
             if self._process.exitcode == -signal.SIGKILL:
-                return Failed(OUT_OF_MEMORY)  # Linux ends a process so when memory is out
-            return Failed(f"ended with exit status {self._process.exitcode}")
+                # Linux ends a process so when memory is out
+                return pickle.dumps(Failed(OUT_OF_MEMORY))
+            return pickle.dumps(Failed(f"ended with exit status {self._process.exitcode}"))
         finally:
             self._process.kill()
             self._process.join()
@@ -91,6 +96,8 @@ class Child:
 
 
 def _run(answer: Connection, call: Call, environment: dict[str, str]) -> None:
+    import torch
+
     Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
@@ -99,7 +106,7 @@ def _run(answer: Connection, call: Call, environment: dict[str, str]) -> None:
     if call.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (call.memory_bytes, call.memory_bytes))
     try:
-        answer.send(call.function(call.config, *call.arguments))
+        answer.send(resolve_name(call.function)(call.config, *call.arguments))
     except (RuntimeError, MemoryError) as error:
         answer.send(Failed(OUT_OF_MEMORY if _is_memory(error) else traceback.format_exc()))
     except Exception:  # told to whoever compares, who goes on with other cells
@@ -117,6 +124,8 @@ def _end_with_parent() -> None:
 
 
 def _is_memory(error: Exception) -> bool:
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # of the CPU's allocator, C++, CUDA outside torch's allocator, cuBLAS, NCCL

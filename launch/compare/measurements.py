@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.compare.file import CompareConfig
 from trainer.config import Config
-from trainer.measure import ReadingCost, TrainingCost, measure_reading, measure_training
+from trainer.measure import ReadingCost, TrainingCost
 
 Cost = TrainingCost | ReadingCost
 
@@ -16,7 +16,7 @@ Cost = TrainingCost | ReadingCost
 class Measurement:
     """A function that runs in a process of its own, on all workers or `alone` on the first."""
 
-    function: Callable[..., Cost]
+    function: str  # module:name
     cost: type[Cost]
     arguments: Callable[[CompareConfig, int], tuple[Any, ...]]  # from settings and length
     shown: Callable[[Any, Config], str]  # a cost and its configuration, in a few words
@@ -30,13 +30,13 @@ def _rate(cost: TrainingCost, config: Config) -> str:
 
 MEASUREMENTS = {
     "training": Measurement(
-        measure_training,
+        "trainer.measure:measure_training",
         TrainingCost,
         arguments=lambda settings, length: (settings.steps, settings.seconds),
         shown=_rate,
     ),
     "reading": Measurement(
-        measure_reading,
+        "trainer.measure:measure_reading",
         ReadingCost,
         arguments=lambda settings, length: (
             length,

@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from tests.launch.test_launch import ROOT, TRAIN, _environment, _losses, _uninterrupted
+from tests.launch.conftest import ROOT, without_ray
+from tests.launch.test_launch import TRAIN, _losses, _uninterrupted
 
 KILLS = 20
 
@@ -25,7 +26,7 @@ def test_killed_again_and_again(config_file, stage):
     driver = subprocess.Popen(
         [*TRAIN, str(config_file), *options],
         cwd=ROOT,
-        env=_environment(),
+        env=without_ray(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

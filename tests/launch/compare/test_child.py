@@ -20,7 +20,8 @@ def _config(config_file: Any, *overrides: str) -> Config:
 
 
 def _measure(function: Any, config: Config, *arguments: Any, **limits: Any) -> Any:
-    return Child(Call(function, config, arguments, **limits), ALONE).wait()
+    name = f"{function.__module__}:{function.__name__}"
+    return Child(Call(name, config, arguments, **limits), ALONE).wait()
 
 
 def test_training_is_timed_after_one_step_that_is_not(config_file):
@@ -80,6 +81,6 @@ def test_other_faults_are_told_as_they_are():
 
 
 def test_stop_ends_it_at_once():
-    child = Child(Call(_sleep, Config(), seconds=30), ALONE)
+    child = Child(Call(f"{__name__}:_sleep", Config(), seconds=30), ALONE)
     child.stop()
     assert child.wait() == Failed(STOPPED)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from launch.compare.page import write_comparison
 from launch.compare.results import Point, Results, TrainingRecord
 from launch.compare.run import run_comparison
 from trainer.config import Config
-from trainer.measure import ReadingCost, TrainingCost, measure_reading
+from trainer.measure import ReadingCost, TrainingCost
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +78,7 @@ class FakeGang:
 
 
 def _kind(call: Call) -> str:
-    return "reading" if call.function is measure_reading else "training"
+    return call.function.rpartition("_")[2]
 
 
 @pytest.fixture
@@ -243,13 +242,12 @@ def test_loss_at_a_time_lies_between_evaluations():
     assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
 
 
-def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path):
+def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, head):
     """The whole verb, two workers, a training for each of two mixers; stopped once on its way."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     command = [sys.executable, "-m", "launch", "compare", str(comparison_file)]
     command += ["compare.lengths=[64]", "compare.mixers=[attention,[mingru,window]]"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    first = subprocess.Popen(command, cwd=ROOT, env=head.joined, **pipes)
     assert first.stdout
     for line in first.stdout:
         if line.startswith("[2/"):
@@ -261,7 +259,7 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path):
     before = json.loads((tmp_path / "out" / "measurements.json").read_text())
     assert 2 <= len(before) < 8
 
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=head.joined, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = json.loads((tmp_path / "out" / "measurements.json").read_text())
     assert len(after) == 8

@@ -1,0 +1,88 @@
+"""One Ray for all tests of this room: a head on loopback with token authentication."""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed import free_port
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+# `ray start` has fixed ports for these: two Rays of one machine would meet there.
+PORTS = (
+    "port",
+    "object-manager-port",
+    "node-manager-port",
+    "ray-client-server-port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+
+
+def without_ray(**extra: str) -> dict[str, str]:
+    """This process's environment, knowing of no Ray."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, **extra}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+class Head:
+    """A Ray head of our own, and what a process needs to join it or to submit jobs to it."""
+
+    def __init__(self, log: Path) -> None:
+        ports = {name: free_port() for name in PORTS}
+        self.environment = without_ray(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=secrets.token_hex(32),
+            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # else it binds to the network's address
+            RAY_USAGE_STATS_ENABLED="0",
+            # the cluster's Python is this one
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        )
+        command = [RAY, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
+        command += ["--include-dashboard=true", "--object-store-memory=100000000"]
+        command += ["--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())]
+        with log.open("w") as f:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=f, stderr=f)
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports['dashboard-port']}"
+        self.joined = {**self.environment, "RAY_ADDRESS": f"127.0.0.1:{ports['port']}"}
+        # the last to come up is the agent that starts jobs: try one
+        wait_for(lambda: self.submit("true").returncode == 0)
+
+    def submit(self, command: str) -> subprocess.CompletedProcess[str]:
+        job = [RAY, "job", "submit", "--", command]
+        return subprocess.run(job, env=self.environment, capture_output=True, text=True)
+
+    def processes(self, named: str) -> list[psutil.Process]:
+        """Those below the head whose command line has the name."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in below if named in " ".join(p.cmdline())]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("ray") / "head.log")
+    try:
+        yield head
+    finally:
+        head.stop()
