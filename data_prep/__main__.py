@@ -27,8 +27,8 @@ def _prepare(argv: list[str]) -> int:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m data_prep",
-        description="Write text as MDS shards of token blocks. Run again after an interruption, it "
-        "goes on. `python -m data_prep verify DIR` checks a finished folder.",
+        description="Write text as MDS shard files of token blocks. Run again after an "
+        "interruption, it goes on. `python -m data_prep verify DIR` checks a finished folder.",
     )
     parser.add_argument(
         "sources",

@@ -2,7 +2,7 @@
 
     DIR/dataset.json            this file's DatasetInfo; a folder without it is not a dataset
         tokenizer.json          the tokenizer, where it is not plain bytes
-        train/index.json        MosaicML Streaming's index: shards, sizes, sha256
+        train/index.json        MosaicML Streaming's index: MDS shard files, sizes, sha256
               shard.*.mds
         held_out/...            the same for the documents kept for evaluation
 
@@ -16,6 +16,9 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_prep.files import write_whole
+from data_prep.task import SyntheticInfo
 
 VERSION = 1
 INFO_NAME = "dataset.json"
@@ -32,18 +35,6 @@ class SplitInfo:
     blocks: int = 0
     text_bytes: int = 0
     index_sha256: str = ""
-
-
-@dataclass
-class SyntheticInfo:
-    """What makes a dataset of `data_prep.synthetic` a task: which of its tokens count."""
-
-    task: str
-    sequence_tokens: int  # every document has this length, and train.seq_len must be it
-    scored_from: int  # tokens from here on are answers; no other token counts in a loss
-    scored_tokens: int  # in each sequence
-    distances: list[int] = field(default_factory=list)  # of sequence i: distances[i % len]
-    hidden_as: int | None = None  # the token that a model reads in place of every answer
 
 
 @dataclass
@@ -68,7 +59,7 @@ class DatasetInfo:
         }
 
     def dump(self, folder: Path) -> None:
-        (folder / INFO_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / INFO_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def load_info(folder: str | Path) -> DatasetInfo:
@@ -95,25 +86,25 @@ def load_info(folder: str | Path) -> DatasetInfo:
 
 
 def file_faults(folder: str | Path, split: str) -> list[str]:
-    """Shards of a split that are missing or of the wrong size, by name; reads no shard."""
+    """MDS shard files of a split that are missing or of the wrong size, by name; reads none."""
     root = Path(folder) / split
     try:
         shards = json.loads((root / "index.json").read_text())["shards"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
         return [f"{root / 'index.json'} cannot be read ({error}): prepare the data again"]
-    found = []
+    faults = []
     for shard in shards:
         name, size = shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
         if Path(name).name != name:
-            found.append(f"{root / 'index.json'} names {name!r}, a path outside its folder")
+            faults.append(f"{root / 'index.json'} names {name!r}, a path outside its folder")
         elif not (root / name).is_file():
-            found.append(f"data shard {root / name} is missing: prepare the data again")
+            faults.append(f"MDS shard file {root / name} is missing: prepare the data again")
         elif (actual := (root / name).stat().st_size) != size:
-            found.append(
-                f"data shard {root / name} has {actual} bytes, its index says {size}: "
+            faults.append(
+                f"MDS shard file {root / name} has {actual} bytes, its index says {size}: "
                 f"it is damaged, prepare the data again"
             )
-    return found
+    return faults
 
 
 def block_checksum(tokens: bytes, starts: bytes) -> int:

@@ -20,12 +20,12 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
     info = load_info(folder)
     faults: list[str] = []
     for split in SPLITS:
-        root, told = folder / split, info.splits[split]
+        root, stated = folder / split, info.splits[split]
         missing = file_faults(folder, split)
         if missing:
             faults += missing
             continue
-        if file_sha256(root / "index.json") != told.index_sha256:
+        if file_sha256(root / "index.json") != stated.index_sha256:
             faults.append(f"{root / 'index.json'} is not the index that was written")
             continue
         damaged = []
@@ -36,11 +36,11 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
         if damaged:
             faults += damaged
             continue
-        if told.blocks == 0:
+        if stated.blocks == 0:
             continue
         blocks = LocalDataset(local=str(folder), split=split)
-        if len(blocks) != told.blocks:
-            faults.append(f"{root} holds {len(blocks)} blocks, dataset.json says {told.blocks}")
+        if len(blocks) != stated.blocks:
+            faults.append(f"{root} holds {len(blocks)} blocks, dataset.json says {stated.blocks}")
         documents, largest = 0, -1
         for i in tqdm(range(len(blocks)), desc=f"verifying {split}", disable=not progress):
             block = blocks[i]
@@ -48,13 +48,15 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
                 faults.append(f"{root}: block {i} does not have its checksum")
             documents += len(block["starts"]) // 4
             largest = max(largest, int(block["tokens"].max()))
-        last = told.tokens - (told.blocks - 1) * info.block_size if told.blocks else 0
-        if told.blocks and not 0 < last <= info.block_size:
-            faults.append(f"{root}: {told.tokens} tokens do not fill {told.blocks} blocks")
-        elif told.blocks and np.any(blocks[told.blocks - 1]["tokens"][last:]):
-            faults.append(f"{root} holds more tokens than dataset.json says, {told.tokens}")
-        if documents != told.documents:
-            faults.append(f"{root} holds {documents} documents, dataset.json says {told.documents}")
+        last = stated.tokens - (stated.blocks - 1) * info.block_size if stated.blocks else 0
+        if stated.blocks and not 0 < last <= info.block_size:
+            faults.append(f"{root}: {stated.tokens} tokens do not fill {stated.blocks} blocks")
+        elif stated.blocks and np.any(blocks[stated.blocks - 1]["tokens"][last:]):
+            faults.append(f"{root} holds more tokens than dataset.json says, {stated.tokens}")
+        if documents != stated.documents:
+            faults.append(
+                f"{root} holds {documents} documents, dataset.json says {stated.documents}"
+            )
         if largest >= info.vocab_size:
             faults.append(f"{root} holds token {largest}, the vocabulary has {info.vocab_size}")
     return faults

@@ -1,8 +1,8 @@
-"""Tokenize in parallel, then pack into MDS shards: interrupted at any point, run again, same bytes.
+"""Tokenize in parallel, then pack into MDS shard files: interrupted and run again, the same bytes.
 
 Work goes on in DIR.partial: first one file of tokens per piece, each written whole or not at all
-and kept across interruptions; then the shards, packed from those in order. Only when everything is
-on disk is DIR.partial renamed to DIR, so a folder that looks finished is finished.
+and kept across interruptions; then the MDS shard files, packed from those in order. Only when
+everything is on disk is DIR.partial renamed to DIR: a folder that looks finished is finished.
 """
 
 import fcntl
@@ -249,7 +249,7 @@ def write_part(
 def _pack(
     parts: list[Path], split: str, folder: Path, info: DatasetInfo, settings: Settings
 ) -> SplitInfo:
-    """Write one split's shards from the parts, in order; what was half-written is removed."""
+    """Write one split's MDS shard files from the parts, in order, in place of half-written ones."""
     from streaming import MDSWriter  # imports torch: only the packing process should
 
     shutil.rmtree(folder, ignore_errors=True)

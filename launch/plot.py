@@ -49,7 +49,8 @@ def plot_lines(path: Path, series: Series, axes: Axes, reference: str | None = N
         places = sorted({place for points in series.values() for place, _ in points})
         plot.set_xticks(places, [_short(place) for place in places])
     plot.grid(alpha=0.3)
-    plot.legend(fontsize="small")
+    if series:
+        plot.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

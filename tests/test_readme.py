@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = (
     "train.steps=3 train.seq_len=512 model.width=16 model.layers=1 evaluate.sequences=2 "
@@ -17,7 +19,8 @@ SMALL = (
 )
 SMALL_COMPARISON = (
     "compare.lengths=[256] compare.tokens_per_step=256 compare.repetitions=1 compare.steps=1 "
-    "compare.decode_tokens=2 compare.tasks={} model.width=32 model.window=16"
+    "compare.decode_tokens=2 compare.tasks={} compare.mixers=[attention,mingru] "
+    "model.width=32 model.window=16"
 )
 BIN = Path(sys.executable).parent
 

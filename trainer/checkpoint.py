@@ -123,10 +123,10 @@ def find_weights(run: RunFolder) -> tuple[Path, Manifest]:
     """The weights file of the newest intact checkpoint, for one process that only reads it."""
     faults = []
     for candidate in run.saved():
-        manifest, found = _read_manifest(candidate)
-        if manifest and not (found := damage(candidate, manifest, [WEIGHTS])):
+        manifest, wrong = _read_manifest(candidate)
+        if manifest and not (wrong := damage(candidate, manifest, [WEIGHTS])):
             return candidate / WEIGHTS, manifest
-        faults += found
+        faults += wrong
     shown = "; ".join(faults) or "there is none yet"
     raise ValueError(f"no checkpoint in {run.checkpoints} can be loaded: {shown}")
 
@@ -135,12 +135,12 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
     """What is wrong with the named files of a checkpoint; sizes first, they are cheap."""
     faults = []
     for name in names:
-        path, told = folder / name, manifest.files.get(name)
-        if told is None or not path.is_file():
+        path, stated = folder / name, manifest.files.get(name)
+        if stated is None or not path.is_file():
             faults.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != told["bytes"]:
-            faults.append(f"{path} has {size} bytes instead of {told['bytes']}")
-        elif file_sha256(path) != told["sha256"]:
+        elif (size := path.stat().st_size) != stated["bytes"]:
+            faults.append(f"{path} has {size} bytes instead of {stated['bytes']}")
+        elif file_sha256(path) != stated["sha256"]:
             faults.append(f"{path} does not have the sha256 of its manifest")
     return faults
 

@@ -69,7 +69,7 @@ def data_faults(config: Config) -> Iterator[Fault]:
     data = config.data
     if "://" in data.path:
         if not data.cache:
-            yield "data.cache", "a URL in data.path needs a local folder here for its shards"
+            yield "data.cache", "a URL in data.path needs a local folder here for its files"
         return  # the workers read it; nothing is known on this machine
     try:
         info = load_info(data.path)

@@ -28,7 +28,7 @@ class RunConfig:
 @dataclass
 class DataConfig:
     path: str = "data/stdlib"  # a folder of data_prep, or a URL that Streaming can read
-    cache: str | None = None  # local folder for the shards of a URL
+    cache: str | None = None  # local folder for the MDS shard files of a URL
     reset_state: bool = False  # clear states where a document starts
     shift: bool = False  # every epoch cuts its sequences from another token on
 
@@ -127,18 +127,16 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     Raises ConfigError with every fault found.
     """
     path = Path(path)
-    config, places, told = merge(Config, path, overrides)
+    config, places, messages = merge(Config, path, overrides)
     if workers is not None:
         config.launch.workers = workers
     folder = RunFolder(config.run.dir)
     faults = [*value_faults(config), *data_faults(config), *folder.faults()]
     if folder.resumes():
         faults += folder.resume_faults(load_dumped(folder.config), config)
-    for key, message in faults:
-        place = places.get(key, f"{path}: {key}")
-        told.append(f"{place}: {message}")
-    if told:
-        raise ConfigError(str(path), told)
+    messages += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in faults]
+    if messages:
+        raise ConfigError(str(path), messages)
     return config
 
 

@@ -4,7 +4,7 @@ A split is one stream of tokens in fixed blocks (data_prep.schema). A sequence o
 begins at token i is tokens [i, i + L], one more than L for the last label; rank s of S reads tokens
 [i + s * T, i + (s + 1) * T], T = L / S, and the blocks these lie in, no others.
 
-Streaming's shard readers give random access to blocks and its Stream fetches shards of a URL, but
+Streaming's readers give random access to blocks and its Stream fetches the files of a URL, but
 its StreamingDataset is not used: that one deals out whole samples, in an order that depends on the
 number of workers, and leaves shared memory behind when a worker is killed. Here the order depends
 on seed and epoch alone, so a position in it, (epoch, sequences consumed), survives any change of
@@ -45,7 +45,7 @@ IGNORED = -100  # a label that no loss counts; torch's own choice
 
 
 class DataError(ValueError):
-    """A data shard that is missing, damaged or not what its index says; named in the message."""
+    """An MDS shard file is missing, damaged or not what its index says; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TokenStream:
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens [start, stop) and the document starts among them, as offsets from `start`.
 
-        Raises DataError naming the shard and the block that cannot be read.
+        Raises DataError naming the file and the block that cannot be read.
         """
         size = self.info.block_size
         tokens = np.empty(stop - start, np.int64)
@@ -107,8 +107,8 @@ class TokenStream:
             starts.append(
                 np.frombuffer(sample["starts"], "<u4").astype(np.int64) + (block * size - start)
             )
-        found = np.concatenate(starts)
-        return tokens, found[(found >= 0) & (found < stop - start)]
+        offsets = np.concatenate(starts)
+        return tokens, offsets[(offsets >= 0) & (offsets < stop - start)]
 
     def _block(self, index: int) -> dict[str, Any]:
         shard_index, sample_index = self._spanner[index]
@@ -116,7 +116,7 @@ class TokenStream:
         name = Path(self.folder, self._stream.split, shard.raw_data.basename)
         try:
             if not self._present[shard_index]:
-                # one worker of a machine fetches, the others find the shard there
+                # one worker of a machine fetches, the others find the file there
                 with FileLock(f"{name}.lock"):
                     self._stream.prepare_shard(shard)
                 self._present[shard_index] = True
@@ -125,12 +125,12 @@ class TokenStream:
             intact = block_checksum(sample["tokens"].tobytes(), sample["starts"]) == sample["crc32"]
         except Exception as error:  # Streaming raises whatever its bytes lead to
             raise DataError(
-                f"data shard {name}, block {sample_index}: cannot be read ({error}): "
+                f"MDS shard file {name}, block {sample_index}: cannot be read ({error}): "
                 f"run `python -m data_prep verify {self.folder}`, prepare the data again"
             ) from error
         if not intact:
             raise DataError(
-                f"data shard {name}, block {sample_index}: its checksum is wrong, the file is "
+                f"MDS shard file {name}, block {sample_index}: its checksum is wrong, the file is "
                 f"damaged: run `python -m data_prep verify {self.folder}`, prepare the data again"
             )
         self.bytes_read += len(data)

@@ -67,10 +67,12 @@ class Comparison:
 def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     """Read, solve the shapes, and check every cell and training. Raises ConfigError."""
     path = Path(path)
-    config, places, told = merge(ComparisonFile, path, overrides)
-    told += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in _faults(config)]
-    if told:
-        raise ConfigError(str(path), told)
+    config, places, messages = merge(ComparisonFile, path, overrides)
+    messages += [
+        f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in _faults(config)
+    ]
+    if messages:
+        raise ConfigError(str(path), messages)
     models, target = _solve(config, str(path))
     settings = config.compare
     cells = {
@@ -83,14 +85,14 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
         own = _task_config(path, name, [*task, *overrides])
         tasks[name] = {label: list(_trainings(own, name, label, m)) for label, m in models.items()}
     for (label, length), cell in cells.items():
-        told += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
+        messages += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
     for name, runs in tasks.items():
         for label, (run, *_) in runs.items():
-            told += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
+            messages += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
         data = data_faults(next(iter(runs.values()))[0])
-        told += [f"task {name}: {key}: {text}" for key, text in data]
-    if told:
-        raise ConfigError(str(path), told)
+        messages += [f"task {name}: {key}: {text}" for key, text in data]
+    if messages:
+        raise ConfigError(str(path), messages)
     return Comparison(settings, config, target, models, cells, tasks)
 
 

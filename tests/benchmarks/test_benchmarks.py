@@ -16,6 +16,7 @@ from tests.benchmarks.bench_exchange import Device, Layer, Network
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "lines"), [("bench_scan", 6), ("bench_exchange", 6), ("bench_llama", 2)]
 )

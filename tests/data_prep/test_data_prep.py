@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import sources
 from data_prep.__main__ import main
 from data_prep.schema import load_info
+from data_prep.sources import pieces, plan, read
 from data_prep.tokenizer import JsonTokenizer
 from data_prep.verify import verify
 from data_prep.write import Settings, prepare
@@ -77,26 +77,27 @@ def test_pieces_change_nothing(tmp_path, monkeypatch):
     (source / "one-line.txt").write_text("é" * 20_000)
     (source / "more.txt").write_text("x\n")
     run_prepare(source, tmp_path / "large", held_out=0.0)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1001)
-    assert len(sources.plan([str(source)], "text", 0.0)) > 60
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1001)
+    assert len(plan([str(source)], "text", 0.0)) > 60
     run_prepare(source, tmp_path / "small", held_out=0.0)
     assert tokens_of(tmp_path / "large", "train") == tokens_of(tmp_path / "small", "train")
     infos = [load_info(tmp_path / name).splits["train"] for name in ("large", "small")]
     assert infos[0] == infos[1]  # the same number of documents and the same index
 
 
+@pytest.mark.slow
 def test_interrupted_and_run_again_gives_the_same_bytes(tmp_path):
     """Killed at several moments, the command finishes with the bytes of one that was not."""
     source = tmp_path / "big.jsonl"
     line = json.dumps({"text": "interrupted and run again " * 30})
     with source.open("w") as f:
-        for i in range(60_000):
+        for i in range(30_000):
             f.write(line.replace("run", f"run {i}") + "\n")
     command = [sys.executable, "-m", "data_prep", str(source), "--workers", "2", "--out"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run([*command, str(straight)], cwd=ROOT, check=True, capture_output=True)
     kills = 0
-    for delay in (1.5, 2.0, 3.0, 100):
+    for delay in (1.0, 1.5, 2.0, 100):
         attempt = subprocess.Popen(
             [*command, str(killed)],
             cwd=ROOT,
@@ -182,11 +183,11 @@ def test_hugging_face_tokenizer_travels_with_the_data(tmp_path):
 
 
 def test_stdlib_is_text_with_long_documents():
-    pieces = sources.plan(["stdlib"], "text", 0.05)
+    pieces = plan(["stdlib"], "text", 0.05)
     names = {piece.document for piece in pieces}
     assert {"stdlib/json", "stdlib/asyncio", "stdlib/argparse.py"} <= names
     assert not any("site-packages" in path or "/test/" in path for p in pieces for path in p.paths)
-    (text,) = list(sources.read(next(p for p in pieces if p.document == "stdlib/os.py"), "text"))
+    (text,) = list(read(next(p for p in pieces if p.document == "stdlib/os.py"), "text"))
     assert text.starts
     assert "def makedirs" in text.text
 
@@ -269,6 +270,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path):
     """The peak of packer and tokenizers on 240 MB of text is that on 80 MB, but for noise."""
     script = tmp_path / "script.py"

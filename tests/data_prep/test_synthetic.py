@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.schema import load_info
-from data_prep.synthetic import SyntheticSettings, main, prepare_synthetic
+from data_prep.synthetic import SyntheticSettings, prepare_synthetic
+from data_prep.synthetic.__main__ import main
 from data_prep.verify import verify
 from tests.trainer.runs import figures, plain_training, run
 from trainer.config import ConfigError, DataConfig, load_config
@@ -94,6 +95,7 @@ def test_only_answers_are_labels(tmp_path):
     assert {shard.scored_tokens for shard in shards} == {7}
 
 
+@pytest.mark.slow
 def test_training_counts_answers_only_on_any_shard(config_file, tmp_path):
     """As plain torch does, though one shard has no answer at all; and accuracy by distance."""
     prepare_synthetic(NEEDLE, tmp_path / "needle")

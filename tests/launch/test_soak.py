@@ -12,6 +12,8 @@ import pytest
 from tests.launch.conftest import ROOT, without_ray
 from tests.launch.test_launch import TRAIN, _losses, _uninterrupted
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

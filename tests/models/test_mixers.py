@@ -30,6 +30,7 @@ def _train_own(config_file: Path, stage: int) -> list[tuple[float, float]]:
     return figures(train_here(config_file, [*options, *stages]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_mixer_is_its_file_and_a_line(config_file, stage, monkeypatch):
     """Checked, counted, sharded, trained and generated from, by its file and its line alone."""
@@ -98,12 +99,14 @@ def test_reset_parameters_draws_the_same_values_again():
         torch.testing.assert_close(p, before[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_the_table_needs_no_torch():
     """A configuration is checked in an instant."""
     script = "import sys, models.config, trainer.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_scan_needs_torch_alone():
     """No other package that the project depends on is imported."""
     script = (

@@ -48,6 +48,7 @@ def test_all_faults_together_with_file_line_and_nearest_key(tmp_path, monkeypatc
     assert len(caught.value.faults) == 11
 
 
+@pytest.mark.slow
 def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("train: {stepz: 3}\ndata: {path: nowhere}\n")

@@ -34,6 +34,7 @@ def test_ngram_models_equal_a_count_by_hand(dataset):
     assert ngram_losses(train, held_out, 1000) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sp"), [(1, 1), (4, 2), (3, 3)])
 def test_loss_by_position_is_the_mean_over_each_range(config_file, ranks, sp):
     """Any topology gives the loss of the untrained model as one process computes it.

@@ -16,6 +16,8 @@ from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
 from trainer.train import RunError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own_data(dataset: Path, tmp_path: Path) -> Path:
@@ -41,7 +43,7 @@ def test_damaged_shard_is_named_before_any_worker_starts(config_file, own_data, 
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match=rf"data.path: data shard {shard}"):
+    with pytest.raises(ConfigError, match=rf"data.path: MDS shard file {shard}"):
         load_config(config_file, [f"data.path={own_data}"])
 
 
@@ -63,7 +65,7 @@ def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
     messages = run_distributed(_flip_then_train, 2, config_file, own_data)
     assert time.monotonic() - started < 60
     assert messages[0] == messages[1]
-    assert f"data shard {shard}, block {block}: its checksum is wrong" in messages[0]
+    assert f"MDS shard file {shard}, block {block}: its checksum is wrong" in messages[0]
     assert "data_prep verify" in messages[0]
 
 

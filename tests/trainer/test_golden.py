@@ -6,6 +6,8 @@ import pytest
 
 from tests.trainer.runs import figures, run
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = {
     "debug_mingru": [

@@ -8,6 +8,8 @@ from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, train_here
 from trainer import train as train_module
 
+pytestmark = pytest.mark.slow
+
 # Name -> what is set, and the ZeRO stages that are tried.
 ATTENTION = ("model.width=24", "model.heads=12", "model.kv_heads=2", "model.window=20")
 CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -35,6 +37,7 @@ def _every_stage(config_file: Path, sp: int) -> dict[str, Figures]:
                 *settings,
                 f"deepspeed.zero_stage={stage}",
                 f"parallel.sp={sp}",
+                "evaluate.sequences=0",
                 f"run.dir={config_file.parent / f'{len(result)}-{stage}-{sp}'}",
             ]
             result[name] = figures(train_here(config_file, overrides))

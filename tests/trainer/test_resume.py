@@ -14,6 +14,8 @@ from tests.trainer.runs import figures, run, started_at, train_here
 from trainer import checkpoint
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

@@ -12,6 +12,8 @@ from launch.compare.child import OUT_OF_MEMORY, OUT_OF_TIME, STOPPED, Call, Chil
 from trainer.config import Config, load_config
 from trainer.measure import ReadingCost, TrainingCost, measure_reading, measure_training
 
+pytestmark = pytest.mark.slow
+
 ALONE: dict[str, str] = {"OMP_NUM_THREADS": "1"}
 
 

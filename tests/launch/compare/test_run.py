@@ -242,10 +242,12 @@ def test_loss_at_a_time_lies_between_evaluations():
     assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
 
 
+@pytest.mark.slow
 def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, head):
     """The whole verb, two workers, a training for each of two mixers; stopped once on its way."""
     command = [sys.executable, "-m", "launch", "compare", str(comparison_file)]
     command += ["compare.lengths=[64]", "compare.mixers=[attention,[mingru,window]]"]
+    command += ["compare.repetitions=1"]  # their order is tested above
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, cwd=ROOT, env=head.joined, **pipes)
     assert first.stdout
@@ -257,12 +259,12 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, hea
     assert first.wait(60) == 0, rest
     assert "the same command goes on" in rest
     before = json.loads((tmp_path / "out" / "measurements.json").read_text())
-    assert 2 <= len(before) < 8
+    assert 2 <= len(before) < 4
 
     done = subprocess.run(command, cwd=ROOT, env=head.joined, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = json.loads((tmp_path / "out" / "measurements.json").read_text())
-    assert len(after) == 8
+    assert len(after) == 4
     assert before.items() <= after.items()
     assert not any("failed" in record for record in after.values())
     results = json.loads((tmp_path / "out" / "results.json").read_text())

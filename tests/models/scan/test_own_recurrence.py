@@ -75,6 +75,7 @@ def _check_shards(backend: str) -> int:
     return len(OWN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_shards_equal_the_whole(ranks, backend):

@@ -50,7 +50,9 @@ def cut(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["none", "edges"])
-@pytest.mark.parametrize(("steps", "chunk"), [(1, 64), (30, 9), (70, 64)])
+@pytest.mark.parametrize(
+    ("steps", "chunk"), [(1, 64), (30, 9), pytest.param(70, 64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_equals_definition(name, steps, chunk, where, monkeypatch):
     """Chunks that T is no multiple of, rows and channels that no group divides."""
@@ -58,6 +60,7 @@ def test_equals_definition(name, steps, chunk, where, monkeypatch):
     compare(name, (2, steps, 130), torch.float32, where, shift=steps % 3 - 1)
 
 
+@pytest.mark.slow
 def test_maps_of_maps_of_chunks(monkeypatch):
     cut(monkeypatch, 4)
     compare("linear", (1, 150, 20), torch.float32, "random")
@@ -124,6 +127,7 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(h[:, -64:], tail[:, -64:], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_ahead_without_spills(capability):
     """No GPU needed: registers and spills of every kernel as it would run in bf16."""

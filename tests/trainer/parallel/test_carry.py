@@ -12,6 +12,8 @@ from trainer.parallel.carry import CarryExchange
 from trainer.parallel.sharded import ShardedOps
 from trainer.parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 BATCH, WIDTH = 2, 3
 SHARD_TOKENS = (1, 7, 64)
 

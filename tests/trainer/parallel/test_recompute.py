@@ -19,6 +19,8 @@ from trainer.parallel.recompute import KEPT, recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 
 class CountOperators(TorchDispatchMode):
     """How often each of our operators runs."""
@@ -95,6 +97,7 @@ def _train_each(config_file, stage: int) -> dict:
     for option in ("none", "recompute", "compile", "recompute compile"):
         overrides = [
             "parallel.sp=2",
+            "evaluate.sequences=0",
             f"deepspeed.zero_stage={stage}",
             f"train.recompute={'recompute' in option}",
             f"train.compile={'compile' in option}",

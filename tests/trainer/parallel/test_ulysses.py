@@ -13,6 +13,8 @@ from tests.models.scan.cases import make_reset
 from trainer.parallel.sharded import ShardedOps, parallelize
 from trainer.parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 BATCH, SHARD, WIDTH, BASE = 2, 6, 4, 100.0
 HEADS = (
     (12, 12),

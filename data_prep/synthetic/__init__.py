@@ -1,29 +1,42 @@
-"""Recall made to measure: python -m data_prep.synthetic copy|needle --out DIR [--length N ...].
+"""Recall made to measure: a dataset as any other, one document a sequence.
 
-copy    selective copying: `tokens` data tokens lie anywhere among blanks; after a marker the model
-        must write them again, in order, reading only the marker, again and again. Gu & Dao 2023
-        (arXiv:2312.00752), section 4.1.1, as in Feng et al. 2024 (arXiv:2410.01201).
-needle  a marked value of `tokens` tokens among random ones; at the end a marker asks for it. The
-        distance from value to answer is one of `distances`, in turn.
-
-A dataset as any other, one document a sequence, with the answers in an alphabet of their own: only
-these tokens count in losses (schema.SyntheticInfo).
+Answers have an alphabet of their own: only these tokens count in losses (task.SyntheticInfo). A
+task is a module that says where the data lie, and a line of `TASKS`.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.schema import INFO_NAME, SPLITS, DatasetInfo, SyntheticInfo
+from data_prep.schema import SPLITS, DatasetInfo
+from data_prep.synthetic import copy, needle
+from data_prep.task import SyntheticInfo
 from data_prep.write import Settings, existing_dataset, seal_dataset, write_part
 
-TASKS = ("copy", "needle")
+
+class Task(Protocol):
+    """What is asked of a model."""
+
+    HIDDEN: bool  # whether a model reads the marker in place of every answer
+
+    def surround(self, settings: "SyntheticSettings") -> int:
+        """How many different tokens surround the data; they are the first."""
+
+    def fault(self, settings: "SyntheticSettings") -> str | None:
+        """Why it cannot be made so."""
+
+    def places(
+        self, settings: "SyntheticSettings", count: int, generator: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Where the data of `count` sequences lie, [count, tokens]."""
+
+
+TASKS: dict[str, Task] = {"copy": copy, "needle": needle}
 
 
 @dataclass(frozen=True)
@@ -43,18 +56,16 @@ class SyntheticSettings:
 def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
     """Write DIR, or find it written. Raises ValueError for what cannot be made."""
     _check(settings)
-    alphabet = settings.alphabet
-    # copy: 0 is blank; needle: 0 .. alphabet - 1 surround it
-    surround = 1 if settings.task == "copy" else alphabet
+    alphabet, kind = settings.alphabet, TASKS[settings.task]
     # surroundings, data, two markers, answers
-    scored_from = surround + alphabet + 2
+    scored_from = kind.surround(settings) + alphabet + 2
     task = SyntheticInfo(
         task=settings.task,
         sequence_tokens=settings.length,
         scored_from=scored_from,
         scored_tokens=settings.tokens,
         distances=list(settings.distances),
-        hidden_as=scored_from - 1 if settings.task == "copy" else None,  # the marker
+        hidden_as=scored_from - 1 if kind.HIDDEN else None,  # the marker
     )
     described = json.dumps([asdict(settings), asdict(task)])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
@@ -76,7 +87,7 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
         count = settings.train if split == "train" else settings.held_out
         generator = np.random.default_rng([settings.seed, index])
         # one sequence more than asked for: the last label of a sequence is the next one's token
-        rows = _sequences(settings, count + 1, surround, generator)
+        rows = _sequences(settings, count + 1, generator)
         splits[split] = (rows, np.arange(count + 1) * settings.length)
     write_part(part, {name: (rows.ravel(), starts) for name, (rows, starts) in splits.items()})
     seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
@@ -95,70 +106,25 @@ def _check(settings: SyntheticSettings) -> None:
             f"--length {settings.length} has no room for {settings.tokens} tokens and their "
             f"answer: use at least {2 * settings.tokens + 2}"
         )
-    if settings.task == "needle":
-        least, most = settings.tokens + 1, settings.length - settings.tokens - 1
-        wrong = [d for d in settings.distances if not least <= d <= most]
-        if wrong or not settings.distances:
-            raise ValueError(
-                f"--distances {','.join(map(str, wrong)) or 'is empty'}: a needle of "
-                f"{settings.tokens} tokens in {settings.length} can be {least} to {most} away"
-            )
+    if fault := TASKS[settings.task].fault(settings):
+        raise ValueError(fault)
 
 
 def _sequences(
-    settings: SyntheticSettings, count: int, surround: int, generator: np.random.Generator
+    settings: SyntheticSettings, count: int, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
     """[count, length] tokens, the answer last in each row."""
     length, tokens, alphabet = settings.length, settings.tokens, settings.alphabet
+    task = TASKS[settings.task]
+    surround = task.surround(settings)
     here, ask = surround + alphabet, surround + alphabet + 1  # markers
     values = generator.integers(0, alphabet, (count, tokens))
     rows = generator.integers(0, surround, (count, length)).astype(np.uint8)
     every = np.arange(count)[:, None]
-    if settings.task == "copy":
-        places = generator.random((count, length - tokens - 1)).argpartition(tokens, axis=1)
-        where = np.sort(places[:, :tokens], axis=1)
-    else:
-        distance = np.resize(settings.distances, count)[:, None]
-        where = length - tokens - distance + np.arange(tokens)
+    where = task.places(settings, count, generator)
+    if not task.HIDDEN:  # among tokens like its own a value is marked
         rows[every, where[:, :1] - 1] = here
     rows[every, where] = surround + values
     rows[:, length - tokens - 1] = ask
     rows[:, length - tokens :] = ask + 1 + values
     return rows
-
-
-def main(argv: list[str]) -> int:
-    """Write one dataset; 0 when it worked, 1 with one message on stderr when it did not."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    for name, meaning in (
-        ("length", "tokens of a sequence"),
-        ("tokens", "tokens of the answer"),
-        ("alphabet", "different data tokens"),
-        ("train", "sequences to train on"),
-        ("held-out", "sequences to evaluate on"),
-        ("seed", "of all that is random"),
-    ):
-        default = getattr(SyntheticSettings, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    parser.add_argument("--distances", default="", help="of the needle, comma-separated")
-    args = vars(parser.parse_args(argv))
-    out = args.pop("out")
-    try:
-        args["distances"] = tuple(int(d) for d in args["distances"].split(",") if d)
-        info = prepare_synthetic(SyntheticSettings(**args), out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    assert info.synthetic
-    print(
-        f"{out / INFO_NAME}: {args['task']}, sequences of {info.synthetic.sequence_tokens:,} "
-        f"tokens of which {info.synthetic.scored_tokens} count"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

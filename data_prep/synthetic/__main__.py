@@ -1,0 +1,51 @@
+"""Recall made to measure: python -m data_prep.synthetic copy|needle --out DIR [--length N ...].
+
+copy    selective copying: `tokens` data tokens lie anywhere among blanks; after a marker the model
+        must write them again, in order, reading only the marker, again and again.
+needle  a marked value of `tokens` tokens among random ones; at the end a marker asks for it. The
+        distance from value to answer is one of `distances`, in turn.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_prep.schema import INFO_NAME
+from data_prep.synthetic import TASKS, SyntheticSettings, prepare_synthetic
+
+
+def main(argv: list[str]) -> int:
+    """Write one dataset; 0 when it worked, 1 with one message on stderr when it did not."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    for name, meaning in (
+        ("length", "tokens of a sequence"),
+        ("tokens", "tokens of the answer"),
+        ("alphabet", "different data tokens"),
+        ("train", "sequences to train on"),
+        ("held-out", "sequences to evaluate on"),
+        ("seed", "of all that is random"),
+    ):
+        default = getattr(SyntheticSettings, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
+    parser.add_argument("--distances", default="", help="of the needle, comma-separated")
+    args = vars(parser.parse_args(argv))
+    out = args.pop("out")
+    try:
+        args["distances"] = tuple(int(d) for d in args["distances"].split(",") if d)
+        info = prepare_synthetic(SyntheticSettings(**args), out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    assert info.synthetic
+    print(
+        f"{out / INFO_NAME}: {args['task']}, sequences of {info.synthetic.sequence_tokens:,} "
+        f"tokens of which {info.synthetic.scored_tokens} count"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

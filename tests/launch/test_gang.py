@@ -1,0 +1,54 @@
+"""What workers are told of their world, and what a launcher refuses, without a Ray."""
+
+import pytest
+
+from launch.gang import LaunchError, Place, connect, environments
+from launch.ray_job import Outcome, _shared_message, _silent, place_faults
+from trainer.config import Config
+
+
+def test_ranks_find_each_other():
+    places = [
+        Place("n1", "10.0.0.1", 4001),
+        Place("n1", "10.0.0.1", 4002),
+        Place("n2", "10.0.0.2", 9),
+    ]
+    told = environments(places, cpus=2.5)
+    assert [e["RANK"] for e in told] == ["0", "1", "2"]
+    assert [e["LOCAL_RANK"] for e in told] == ["0", "1", "0"]
+    assert [e["LOCAL_WORLD_SIZE"] for e in told] == ["2", "2", "1"]
+    assert {e["WORLD_SIZE"] for e in told} == {"3"}
+    assert {(e["MASTER_ADDR"], e["MASTER_PORT"]) for e in told} == {("10.0.0.1", "4001")}
+    assert {e["OMP_NUM_THREADS"] for e in told} == {"2"}
+    assert environments(places[:1], cpus=0.5)[0]["OMP_NUM_THREADS"] == "1"
+
+
+def test_relative_paths_are_refused_on_a_cluster_alone(monkeypatch):
+    paths = [("run.dir", "runs/x"), ("data.path", "/shared/data"), ("data.path", "s3://bucket/x")]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert place_faults(paths) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    (fault,) = place_faults(paths)
+    assert fault.startswith("run.dir: runs/x is relative")
+
+
+def test_ranks_that_say_the_same_say_it_once():
+    faults = [Outcome(1, "fault", "disk full"), Outcome(0, "fault", "disk full")]
+    faults.append(Outcome(2, "fault", "no data"))
+    assert _shared_message(faults) == "disk full (worker 0, 1)\nno data (worker 2)"
+
+
+def test_who_did_not_answer_is_the_one_that_hangs():
+    config = Config()
+    config.launch.workers = 3
+    crashed = [Outcome(0, "crash", "gloo: Timed out waiting"), Outcome(2, "crash", "")]
+    (hung,) = _silent(crashed, config)
+    assert (hung.rank, hung.kind) == (1, "lost")
+    assert "did not answer for parallel.timeout_seconds 600" in hung.message
+    assert _silent([Outcome(0, "crash", "ValueError")], config) == []
+
+
+def test_no_cluster_at_the_address_is_told(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "not an address")
+    with pytest.raises(LaunchError, match="no Ray cluster answers at RAY_ADDRESS=not an address"):
+        connect(Config())
