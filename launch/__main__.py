@@ -1,4 +1,4 @@
-"""The verbs: python -m launch train|compare CONFIG [key=value ...], generate RUN_DIR."""
+"""What a person types: python -m launch VERB ..., a verb a file in launch/verbs."""
 
 import argparse
 import sys
@@ -11,7 +11,10 @@ from launch.verbs import VERBS
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; 0 when it worked, 1 with one message on stderr when it did not."""
     program = "longhaul" if sys.argv[0].endswith("longhaul") else "python -m launch"
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Train, compare and read recurrent language models on very long sequences.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name in VERBS:
         verb = import_module(f"launch.verbs.{name}")

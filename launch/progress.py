@@ -30,8 +30,8 @@ class Progress:
             case Stepped(step, _, metrics):
                 self._advance(step, metrics)
             case Evaluated(step, loss, bits):
-                told = f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
-                self._write(f"step {step}: {told}")
+                losses = f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
+                self._write(f"step {step}: {losses}")
             case Warned(message):
                 self._write(f"warning: {message}")
 

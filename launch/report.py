@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data_prep.files import write_whole
 from launch.page import table
 from trainer.config import Config, load_dumped
 from trainer.run_folder import Line, RunFolder, read_lines
@@ -39,9 +40,9 @@ def write_report(folder: RunFolder) -> str:
         _sample(folder, config),
     )
     prompt, continuation = run.sample
-    folder.samples.write_text(f"{prompt}\n>>> continued by the model:\n{continuation}\n")
+    write_whole(folder.samples, f"{prompt}\n>>> continued by the model:\n{continuation}\n")
     _plot(run)
-    folder.report.write_text("\n".join([*_page(run), ""]))
+    write_whole(folder.report, "\n".join([*_page(run), ""]))
     commands = "\n".join(f"  {command}" for command in _commands(folder))
     return (
         f"{_summary(run)}\n\nSampled continuation ({folder.samples} has it all):\n"

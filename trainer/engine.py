@@ -119,8 +119,8 @@ class Engine:
 
     def recurrences(self) -> list[Recurrence]:
         """Those that the model's mixers scan."""
-        found = (getattr(module, "recurrence", None) for module in self._engine.module.modules())
-        return [recurrence for recurrence in found if isinstance(recurrence, Recurrence)]
+        named = (getattr(module, "recurrence", None) for module in self._engine.module.modules())
+        return [recurrence for recurrence in named if isinstance(recurrence, Recurrence)]
 
     def train(self) -> None:
         self._engine.train()

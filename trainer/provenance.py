@@ -35,5 +35,5 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    found = re.search(r"model name\s*:\s*(.*)", text)
-    return found[1] if found else platform.processor()
+    line = re.search(r"model name\s*:\s*(.*)", text)
+    return line[1] if line else platform.processor()

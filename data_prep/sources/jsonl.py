@@ -9,7 +9,7 @@ from data_prep.sources.pieces import Piece, Text, cut_at_lines, decode, line_num
 
 def plan(name: str, path: Path, field: str) -> list[Piece]:
     """The file's pieces, whole lines each."""
-    return cut_at_lines(Piece("jsonl", name, (str(path),), 0, path.stat().st_size))
+    return cut_at_lines(Piece("jsonl", name, (str(path),), 0, path.stat().st_size), any_line=True)
 
 
 def read(piece: Piece, field: str) -> Iterator[Text]:

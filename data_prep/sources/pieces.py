@@ -38,13 +38,16 @@ class Text:
     text: str
 
 
-def cut_at_lines(whole: Piece) -> list[Piece]:
-    """A piece of one file, cut into pieces at line starts."""
+def cut_at_lines(whole: Piece, any_line: bool) -> list[Piece]:
+    """A piece of one file, cut into pieces at line starts.
+
+    With `any_line` at no other place, however long a line is: a line is a document.
+    """
     pieces: list[Piece] = []
     start, end = whole.start, whole.end
     with open(whole.paths[0], "rb") as f:
         while start < end:
-            cut = line_start(f, start + PIECE_BYTES, end, any_line=whole.kind == "jsonl")
+            cut = line_start(f, start + PIECE_BYTES, end, any_line)
             pieces.append(replace(whole, start=start, end=cut, starts=not pieces))
             start = cut
     return pieces

@@ -8,7 +8,7 @@ from data_prep.sources.pieces import Piece, Text, cut_at_lines, decode, line_sta
 
 def plan(name: str, path: Path, field: str) -> list[Piece]:
     """The file's pieces."""
-    return cut_at_lines(Piece("text", name, (str(path),), 0, path.stat().st_size))
+    return cut_at_lines(Piece("text", name, (str(path),), 0, path.stat().st_size), any_line=False)
 
 
 def plan_split(name: str, path: Path, held_out: float) -> list[Piece]:
@@ -18,7 +18,7 @@ def plan_split(name: str, path: Path, held_out: float) -> list[Piece]:
         cut = line_start(f, round(size * (1 - held_out)), size)
     train = Piece("text", name, (str(path),), 0, cut, "train")
     end = Piece("text", name + "#end", (str(path),), cut, size, "held_out")
-    return [*cut_at_lines(train), *cut_at_lines(end)]
+    return [*cut_at_lines(train, any_line=False), *cut_at_lines(end, any_line=False)]
 
 
 def read(piece: Piece, field: str) -> Iterator[Text]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
+from launch.compare.measurements import MEASUREMENTS
 from launch.compare.results import (
     Cells,
     Figure,
@@ -33,7 +34,8 @@ def findings_of(results: Results) -> Iterator[str]:
         for mixer in mixers:
             if mixer != BASELINE:
                 yield _crossing(mixer, better, unit, _ratios(results, cells, of, mixer))
-    for kind, cells in (("training", training), ("reading", reading)):
+    for kind in MEASUREMENTS:
+        cells = results.of(kind)
         for mixer in mixers:
             lost = [n for n in results.lengths if failure_of(cells.get((mixer, n), []))]
             if lost:

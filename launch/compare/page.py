@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.files import write_whole
 from launch.compare.findings import findings_of
 from launch.compare.results import (
     Cells,
@@ -44,7 +45,7 @@ def write_comparison(folder: Path, results: Results) -> str:
         *_reading_section(results),
         *task_sections(results),
     ]
-    (folder / "report.md").write_text("\n".join(page).rstrip() + "\n")
+    write_whole(folder / "report.md", "\n".join(page).rstrip() + "\n")
     shown = "\n".join(f"  {finding}" for finding in findings)
     return f"{shown}\n\nReport: {folder / 'report.md'}"
 

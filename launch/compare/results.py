@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -52,8 +53,8 @@ class CellRecord:
         named: Json = {"commit": self.commit, "what": visit.kind, "mixer": visit.label}
         named |= {"length": visit.length, "repetition": visit.repetition}
         why = {"failed": self.failed, "failed_at": self.failed_at}
-        told = {key: value for key, value in why.items() if value is not None}
-        return {**named, **told, **(asdict(self.cost) if self.cost else {})}
+        failure = {key: value for key, value in why.items() if value is not None}
+        return {**named, **failure, **(asdict(self.cost) if self.cost else {})}
 
     @classmethod
     def from_json(cls, raw: Json) -> "CellRecord":
@@ -162,9 +163,13 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         raw: dict[str, Json] = json.loads(path.read_text()) if path.exists() else {}
-        known = {key: CellRecord.from_json(record) for key, record in raw.items()}
-        # what failed otherwise than by a limit may have been bad luck: it is measured again
-        self.records = {k: r for k, r in known.items() if r.failed is None or r.is_limit}
+        self.records: dict[str, CellRecord] = {}
+        for key, known in raw.items():
+            with suppress(KeyError):  # of other figures than today's: it is measured again
+                record = CellRecord.from_json(known)
+                # and so is what failed otherwise than by a limit: it may have been bad luck
+                if record.failed is None or record.is_limit:
+                    self.records[key] = record
 
     def add(self, key: str, record: CellRecord) -> None:
         self.records[key] = record

@@ -31,7 +31,6 @@ from launch.compare.schedule import Limits, trainings, visits
 from launch.gang import LaunchError
 from models.flops import parameters, training_flops_per_token
 from trainer.config import Config
-from trainer.measure import TrainingCost
 from trainer.provenance import commit
 from trainer.run_folder import RunFolder, read_lines
 
@@ -159,9 +158,8 @@ class _Bench:
 
 def _worst(costs: list[Any]) -> Cost:
     """One cost for all workers; times are the slowest worker's already."""
-    names = ["peak_memory_bytes"]
-    if isinstance(costs[0], TrainingCost):
-        names += ["exchange_bytes", "exchange_seconds"]
+    own = ("peak_memory_bytes", "exchange_bytes", "exchange_seconds")  # of each worker
+    names = [name for name in own if hasattr(costs[0], name)]
     return replace(costs[0], **{name: max(getattr(cost, name) for cost in costs) for name in names})
 
 

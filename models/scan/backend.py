@@ -19,7 +19,7 @@ from models.scan.recurrence import Inputs, Problem, Recurrence
 from models.scan.recurrences import RECURRENCES
 from models.scan.span import Span
 
-# A backend is a module, and a line here: in the order in which "auto" prefers them.
+# A backend is a module, and a line here; "auto" takes the fastest of a device, or chunked.
 BACKENDS = {
     "triton": "models.scan.triton",
     "native": "models.scan.native",
@@ -45,6 +45,8 @@ class Scanned:
 
 class Backend(Protocol):
     """A module that runs recurrences over time."""
+
+    asks_autograd: bool  # and is therefore called as it is: autograd does not see into an operator
 
     def fault(self, recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run this recurrence here, in inputs of this dtype; None when it can."""
@@ -95,8 +97,13 @@ def _constant_choice(name: str, recurrence: str, device: str, dtype: torch.dtype
     return _choose(name, recurrence, device, dtype)
 
 
+def _asks_autograd(name: str) -> bool:
+    return load(name).asks_autograd
+
+
 # As torch.compiler.assume_constant_result does, which would import the compiler: 1.5 s a process.
 _constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_asks_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -134,14 +141,14 @@ def load(name: str) -> Backend:
 
 def summarize(backend: str, problem: Problem) -> Span:
     """As `Backend.summarize`."""
-    if backend == "reference":
+    if _asks_autograd(backend):
         return load(backend).summarize(problem)
     return _span(_summarize(*_of(problem), _how(backend, problem)), problem)
 
 
 def forward(backend: str, problem: Problem, h_in: Tensor, span: Span | None = None) -> Scanned:
     """As `Backend.forward`."""
-    if backend == "reference":
+    if _asks_autograd(backend):
         return load(backend).forward(problem, h_in, span)
     y, h_last, *kept = _forward(*_of(problem), h_in, _flat(span), _how(backend, problem))
     return Scanned(y, h_last, tuple(kept))
@@ -149,7 +156,7 @@ def forward(backend: str, problem: Problem, h_in: Tensor, span: Span | None = No
 
 def summarize_backward(backend: str, problem: Problem, grad_y: Tensor) -> Span:
     """As `Backend.summarize_backward`."""
-    if backend == "reference":
+    if _asks_autograd(backend):
         return load(backend).summarize_backward(problem, grad_y)
     return _span(_summarize_backward(*_of(problem), grad_y, _how(backend, problem)), problem)
 
@@ -158,7 +165,7 @@ def backward(
     backend: str, problem: Problem, scanned: Scanned, grads: Grads, span: Span | None = None
 ) -> tuple[Inputs, Tensor]:
     """As `Backend.backward`."""
-    if backend == "reference":
+    if _asks_autograd(backend):
         return load(backend).backward(problem, scanned, grads, span)
     saved = [scanned.y, scanned.h_last, *scanned.kept]
     *gradients, grad_h_in = _backward(

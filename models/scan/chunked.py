@@ -14,6 +14,8 @@ from models.scan.backend import Grads, Scanned
 from models.scan.recurrence import Inputs, Problem, Recurrence
 from models.scan.span import Decay, Span
 
+asks_autograd = False
+
 
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
     """Every recurrence, device and dtype."""

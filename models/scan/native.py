@@ -56,14 +56,19 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+asks_autograd = False
+
+
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
     """Why the library cannot run it on this machine; builds it if need be."""
     if device != "cpu" or dtype not in DTYPES:
         return f"it is not made for {dtype} on {device}"
     if recurrence.native_gates is None:
         return f"{recurrence.name} has no gates in C++"
+    if unfit := recurrence.kernel_fault():
+        return unfit
     try:
-        _library(*recurrence.native_gates)
+        _library_of(recurrence)
     except (OSError, RuntimeError) as error:  # no compiler, or no home for its cache
         return str(error)
     return None
@@ -141,19 +146,26 @@ class _Call:
             threads=torch.get_num_threads(),
             **{name: x.data_ptr() for name, x in alive.items()},
         )
-        gates = problem.recurrence.native_gates
-        assert gates is not None
-        _library(*gates).longhaul_scan(kernel, DTYPES[inputs[0].dtype], ctypes.byref(arguments))
+        library = _library_of(problem.recurrence)
+        library.longhaul_scan(kernel, DTYPES[inputs[0].dtype], ctypes.byref(arguments))
+
+
+def _library_of(recurrence: Recurrence) -> ctypes.CDLL:
+    assert recurrence.native_gates is not None
+    header, gates = recurrence.native_gates
+    # what the gates say of their inputs is held to what the recurrence says
+    defined = {"GATES": gates, "TENSORS_GIVEN": recurrence.tensors, "PARTS_GIVEN": recurrence.parts}
+    return _library(header, tuple(f"-D{name}={value}" for name, value in defined.items()))
 
 
 @cache
-def _library(header: Path, gates: str) -> ctypes.CDLL:
+def _library(header: Path, defined: tuple[str, ...]) -> ctypes.CDLL:
     """The compiled library. Raises OSError with the reason where it cannot be built or loaded."""
     compiler = os.environ.get("CXX", "g++")
-    flags = [*FLAGS, f"-DGATES={gates}", f'-DGATES_HEADER="{header}"']
+    flags = [*FLAGS, *defined, f'-DGATES_HEADER="{header}"']
     sources = sorted({header, SOURCE, *SOURCE.parents[1].rglob("*.h")})
     texts = [path.read_text() for path in sources]
-    described = (*texts, compiler, *FLAGS, gates, platform.machine(), _processor())
+    described = (*texts, compiler, *FLAGS, *defined, platform.machine(), _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = home / "longhaul" / f"scan-{key}.so"

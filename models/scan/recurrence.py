@@ -23,6 +23,7 @@ class Recurrence:
     """
 
     name: str  # short and lower case: operators and messages know the recurrence by it
+    tensors: int = 1  # inputs, where they are all [B, T, parts * H]
     parts: int = 1  # values of a channel, side by side in the last dimension of each input
     kind: Decay = ELEMENTWISE
     own_output: bool = False  # whether y is another thing than the state
@@ -31,6 +32,8 @@ class Recurrence:
 
     def faults(self, inputs: Inputs) -> str | None:
         """What is wrong with the inputs; None where nothing is."""
+        if len(inputs) != self.tensors:
+            return f"takes {self.tensors} inputs, got {len(inputs)}"
         if any(x.dim() != 3 or x.shape != inputs[0].shape for x in inputs):
             return f"inputs must be [B, T, ...] alike, got {_shown(inputs)}"
         if inputs[0].shape[-1] % self.parts:
@@ -39,6 +42,13 @@ class Recurrence:
                 f"which {self.parts} does not divide"
             )
         return None
+
+    def kernel_fault(self) -> str | None:
+        """Why no kernel of ours can loop over it: they know states that are rows, and are y."""
+        rows = type(self).state_shape is Recurrence.state_shape and self.kind is ELEMENTWISE
+        if rows and not self.own_output:
+            return None
+        return f"{self.name} has a state that is not [B, H], or another output than its state"
 
     def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
         """Of a state, [B, ...]."""

@@ -12,6 +12,8 @@ from models.scan.backend import Grads, Scanned
 from models.scan.recurrence import Inputs, Problem, Recurrence
 from models.scan.span import Span
 
+asks_autograd = True
+
 
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
     """Every device and dtype."""

@@ -32,6 +32,8 @@ BUSY_PROGRAMS = 16384  # four waves of one-warp programs on 132 processors
 SERIAL_CHANNELS = 32768  # B * H from which one chunk spans all steps
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+asks_autograd = False
+
 
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run it here. To import this module takes Triton."""
@@ -40,6 +42,14 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
         return f"it is not made for {dtype} on {device}"
     if recurrence.triton_gates is None:
         return f"{recurrence.name} has no gates in Triton"
+    if unfit := recurrence.kernel_fault():
+        return unfit
+    gates = gates_of(recurrence)
+    if (gates.values, gates.separate) != (
+        recurrence.tensors * recurrence.parts,
+        recurrence.tensors > 1,
+    ):
+        return f"{recurrence.name} has other values than its gates in Triton say"
     return None
 
 

@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "lines"), [("bench_scan", 6), ("bench_exchange", 6), ("bench_llama", 2)]
+    ("command", "lines"),
+    [("bench_scan", 6), ("bench_exchange", 6), ("bench_llama", 2), ("bench_before HEAD", 12)],
 )
-def test_quick_run_prints_a_table(module, lines):
+def test_quick_run_prints_a_table(command, lines):
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.benchmarks.{module}", "--quick"],
+        [sys.executable, "-m", *f"tests.benchmarks.{command} --quick".split()],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

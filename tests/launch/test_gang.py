@@ -1,9 +1,13 @@
 """What workers are told of their world, and what a launcher refuses, without a Ray."""
 
+import subprocess
+import sys
+
 import pytest
 
-from launch.gang import LaunchError, Place, connect, environments
+from launch.gang import Place, environments
 from launch.ray_job import Outcome, _shared_message, _silent, place_faults
+from tests.launch.conftest import ROOT, without_ray
 from trainer.config import Config
 
 
@@ -48,7 +52,16 @@ def test_who_did_not_answer_is_the_one_that_hangs():
     assert _silent([Outcome(0, "crash", "ValueError")], config) == []
 
 
-def test_no_cluster_at_the_address_is_told(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "not an address")
-    with pytest.raises(LaunchError, match="no Ray cluster answers at RAY_ADDRESS=not an address"):
-        connect(Config())
+@pytest.mark.slow
+def test_no_cluster_at_the_address_is_told(config_file):
+    """In a process of its own: Ray keeps what it saw of the environment when it was imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "train", str(config_file)],
+        cwd=ROOT,
+        env=without_ray(RAY_ADDRESS="not an address"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "no Ray cluster answers at RAY_ADDRESS=not an address" in done.stderr

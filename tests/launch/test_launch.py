@@ -71,7 +71,7 @@ def _uninterrupted(config_file: Path, options: list[str]) -> list[float]:
 
 
 def test_train_reports_and_generate_continues(config_file, launch):
-    """The run's folder is complete, and its figures are those that DESIGN.md names."""
+    """The run's folder is complete, and every step has all its figures."""
     run = config_file.parent / "run"
     status, out, err = launch("train", str(config_file), "launch.workers=2", "parallel.sp=2")
     assert status == 0, err

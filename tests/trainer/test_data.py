@@ -37,6 +37,23 @@ def test_shards_of_any_sp_make_the_same_sequence(data):
             assert torch.equal(joined, getattr(expected, name))
 
 
+def test_segments_and_shards_make_the_same_sequence(data):
+    """A sequence in three segments, each over two ranks: the whole's tokens, labels and resets."""
+    begins = [3 * SEQ_LEN, 17]
+    whole = SequenceReader(TokenStream(data, "train"), Layout(SEQ_LEN), with_reset=True)
+    expected = whole.micro_batch(begins)
+    parts = [
+        SequenceReader(
+            TokenStream(data, "train"), Layout(SEQ_LEN, 2, rank, segments=3), True
+        ).micro_batch(begins, segment)
+        for segment in range(3)
+        for rank in range(2)
+    ]
+    for name in ("tokens", "labels", "reset"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(joined, getattr(expected, name))
+
+
 def test_a_rank_touches_only_the_blocks_of_its_shard(data, dataset):
     """Counted in bytes: the blocks that hold tokens [begin, begin + T + 1), and no others."""
     info = load_info(dataset)

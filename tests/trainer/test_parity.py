@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models.mixers import MIXERS
 from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, train_here
 from trainer import train as train_module
@@ -23,6 +24,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "window": (("model.mixer=window", *ATTENTION), (0, 3)),
     "hybrid": (("model.mixer=[mingru,window]", *ATTENTION), (0, 3)),
 }
+for mixer in MIXERS:  # whatever else there is
+    CASES.setdefault(mixer, ((f"model.mixer={mixer}", *ATTENTION), (0, 3)))
 # Five AdamW steps in fp32: rounding of 6e-8 a sum, amplified by divisions by small second moments.
 TOLERANCE = 1e-5
 

@@ -4,7 +4,8 @@
 // that it builds in seconds without torch's headers. ../README.md has the mathematics.
 //
 // The gates are a type R of a header of their own (../recurrences), both named by the compiler's
-// command line: -DGATES_HEADER and -DGATES. R says
+// command line: -DGATES_HEADER and -DGATES. The state is a row of channels, and is the output. With
+// the vectors of vectors.h R says
 //   TENSORS, PARTS        its inputs, and the values of a channel in each, [B, T, PARTS * H]
 //   DECAY_READS           how many of the values, the first ones, the decay is made of
 //   BACKWARD_READS        how many the backward is made of
@@ -101,7 +102,10 @@ struct Rows {
 template <class R, class T, class S>
 struct Scan {
   static constexpr int P = R::PARTS, VALUES = R::TENSORS * R::PARTS;
-  static_assert(VALUES <= MOST && R::DECAY_READS <= P);
+  static_assert(VALUES <= MOST, "more inputs or values than the loops know");
+  static_assert(R::DECAY_READS <= P, "the decay reads the first input alone");
+  static_assert(R::TENSORS == TENSORS_GIVEN && P == PARTS_GIVEN,
+                "TENSORS and PARTS differ from the recurrence's tensors and parts");
   using In = Rows<R, const T*>;
   using Out = Rows<R, T*>;
   using V = Vec<S>;

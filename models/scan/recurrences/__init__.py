@@ -8,8 +8,15 @@ from pkgutil import iter_modules
 
 from models.scan.recurrence import Recurrence
 
-RECURRENCES: dict[str, Recurrence] = {
-    recurrence.name: recurrence
-    for folder in iter_modules(__path__)
-    for recurrence in import_module(f"{__name__}.{folder.name}").VARIANTS
-}
+
+def _find() -> dict[str, Recurrence]:
+    recurrences: dict[str, Recurrence] = {}
+    for folder in iter_modules(__path__):
+        module = import_module(f"{__name__}.{folder.name}")
+        for recurrence in getattr(module, "VARIANTS", ()):
+            assert recurrence.name not in recurrences, f"two recurrences named {recurrence.name}"
+            recurrences[recurrence.name] = recurrence
+    return recurrences
+
+
+RECURRENCES = _find()

@@ -5,7 +5,12 @@ from torch import Tensor
 
 from models.scan import RECURRENCES, Inputs, Recurrence, scan
 
-__all__ = ["RECURRENCES", "make_inputs", "make_reset", "outputs_and_gradients"]
+__all__ = ["ON_CPU", "RECURRENCES", "TRITON", "make_inputs", "make_reset", "outputs_and_gradients"]
+
+# What runs where: kernels take the recurrences that have gates for them.
+NATIVE = [name for name, recurrence in RECURRENCES.items() if recurrence.native_gates]
+TRITON = [name for name, recurrence in RECURRENCES.items() if recurrence.triton_gates]
+ON_CPU = [*((name, "native") for name in NATIVE), *((name, "chunked") for name in RECURRENCES)]
 
 
 def make_inputs(
@@ -25,9 +30,9 @@ def make_inputs(
         kv = noise(2)
         kv[..., :width] -= shift
         return (leaf(kv),)
-    fiv = noise(3)
-    fiv[..., :width] += shift
-    return (leaf(fiv),)
+    inputs = [noise(recurrence.parts) for _ in range(recurrence.tensors)]
+    inputs[0][..., :width] += shift  # minLSTM's forget gate; what else is first in others
+    return tuple(leaf(x) for x in inputs)
 
 
 def make_reset(batch: int, steps: int, where: str) -> Tensor | None:

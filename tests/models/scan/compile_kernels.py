@@ -73,7 +73,7 @@ def usage(
 
 def main() -> None:
     capability, result = int(sys.argv[1]), {}
-    for name in RECURRENCES:
+    for name in (name for name, recurrence in RECURRENCES.items() if recurrence.triton_gates):
         for kernel, flags in (
             (loops.summarize_kernel, {"FLOW": False, "REVERSE": False}),
             (loops.forward_kernel, {"REVERSE": False}),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from models.scan import Inputs, Recurrence, linear_scan, scan
+from models.scan.recurrences.linear import Linear
+from models.scan.recurrences.mingru import MinGRU
 from tests.distributed import run_distributed
 from tests.models.scan.cases import make_reset, outputs_and_gradients
 from tests.models.scan.own_recurrence import OWN, Readout, own_inputs
@@ -124,3 +126,37 @@ def test_inputs_that_do_not_fit_are_named():
         scan(Readout(), (a, b, torch.zeros(1, 3, 9, dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"h0 must be \[B, H\] = \[1, 4\]"):
         linear_scan(torch.rand(1, 2, 4), torch.rand(1, 2, 4), torch.rand(1, 3))
+
+
+@dataclass(frozen=True)
+class _Tripled(MinGRU):
+    """minGRU's gates in C++, and an output that kernels know nothing of."""
+
+    name = "tripled"
+    own_output = True
+
+    def output(self, inputs: Inputs, h: Tensor) -> Tensor:
+        return 3 * h
+
+    def state_gradient(self, inputs: Inputs, grad_y: Tensor) -> Tensor:
+        return 3 * grad_y
+
+
+@dataclass(frozen=True)
+class _Miscounted(MinGRU):
+    name = "miscounted"
+    parts = 3
+
+
+def test_kernels_refuse_what_they_do_not_know():
+    """Gates alone do not make a kernel right: an output of its own would be left out in silence."""
+    kv = torch.randn(1, 9, 8)
+    with pytest.warns(UserWarning, match="another output than its state"):
+        tripled, _ = scan(_Tripled(), (kv,))
+    torch.testing.assert_close(tripled, 3 * scan(MinGRU(), (kv,))[0])
+    with pytest.raises(ValueError, match="another output than its state"):
+        scan(_Tripled(), (kv,), backend="native")
+    with pytest.raises(ValueError, match="TENSORS and PARTS differ"):
+        scan(_Miscounted(), (torch.randn(1, 9, 6),), backend="native")
+    with pytest.raises(ValueError, match="linear scan takes 2 inputs, got 1"):
+        scan(Linear(), (kv,))

@@ -20,20 +20,19 @@ from models.scan.recurrences.mingru import MinGRU
 from models.scan.recurrences.mingru.log_space import mingru_log_space
 from models.scan.recurrences.minlstm import MinLSTM
 from tests.models.scan.cases import (
+    NATIVE,
+    ON_CPU,
     RECURRENCES,
     make_inputs,
     make_reset,
     outputs_and_gradients,
 )
 
-CPU_BACKENDS = ("native", "chunked")  # test_triton.py has the kernels for a GPU
 
-
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("where", ["none", "start", "edges", "random"])
 @pytest.mark.parametrize("shift", [0, 8, -8])
 @pytest.mark.parametrize("steps", [1, 63, 1000])
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(("name", "backend"), ON_CPU)
 def test_fp64_equals_definition(name, steps, shift, where, backend):
     recurrence = RECURRENCES[name]
     inputs = make_inputs(recurrence, 2, steps, 5, torch.float64, shift)
@@ -46,9 +45,8 @@ def test_fp64_equals_definition(name, steps, shift, where, backend):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("where", ["none", "edges"])
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(("name", "backend"), ON_CPU)
 def test_gradcheck(name, where, backend):
     """Finite differences: no derivation of ours takes part."""
     recurrence = RECURRENCES[name]
@@ -61,13 +59,12 @@ def test_gradcheck(name, where, backend):
     )
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     # the inputs' own rounding, 2^-9 for bf16 and 2^-24 for fp32, times the few roundings of a step
     ("dtype", "tolerance"),
     [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)],
 )
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(("name", "backend"), ON_CPU)
 def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
     recurrence = RECURRENCES[name]
     inputs = make_inputs(recurrence, 2, 1000, 5, dtype, shift=4)
@@ -87,9 +84,8 @@ def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
         assert error < tolerance
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["mingru", "minlstm", "minlstm-unnormalized"])
+@pytest.mark.parametrize(("name", "backend"), [case for case in ON_CPU if case[0] != "linear"])
 def test_saturated_gates_stay_finite(name, dtype, backend):
     """Preactivations far beyond exp's range: no 0/0, no inf - inf, in values or gradients."""
     recurrence = RECURRENCES[name]
@@ -103,7 +99,7 @@ def test_saturated_gates_stay_finite(name, dtype, backend):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("name", NATIVE)
 def test_native_threads_share_one_row(name, dtype, batch, threads):
     """More threads than rows: time is dealt out in tiles, one waiting for another's state."""
     recurrence = RECURRENCES[name]
@@ -143,7 +139,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ["native", "chunked"])
 def test_closed_lstm_gates_keep_their_ratio(backend):
     """f / (f + i) depends on f - i alone once both are all but zero."""
     fiv = torch.tensor([-90.0, -91.0, 0.5]).expand(1, 4, 3).contiguous()
@@ -152,8 +148,7 @@ def test_closed_lstm_gates_keep_their_ratio(backend):
     torch.testing.assert_close(h, minlstm_scan(shifted, backend="reference")[0])
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize(("name", "backend"), ON_CPU)
 def test_nan_is_not_hidden(name, backend):
     recurrence = RECURRENCES[name]
     inputs = tuple(x.detach().clone() for x in make_inputs(recurrence, 1, 40, 20, torch.float32))

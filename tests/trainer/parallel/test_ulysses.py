@@ -7,6 +7,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixer import LocalOps
+from models.mixers import MIXERS
 from models.softmax_attention import QKV, Cache, empty_cache
 from tests.distributed import run_distributed
 from tests.models.scan.cases import make_reset
@@ -112,7 +113,7 @@ def _check_model(mixer: object, shard: int) -> float:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     "mixer",
-    ["attention", "window", ["mingru", "minlstm", "window"], ["window", "attention"]],
+    [*MIXERS, ["mingru", "minlstm", "window"], ["window", "attention"]],
     ids=str,
 )
 def test_sharded_model_equals_whole(mixer, ranks):

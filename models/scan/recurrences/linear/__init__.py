@@ -13,6 +13,7 @@ class Linear(Recurrence):
     """h_t = a_t * h_{t-1} + b_t with a and b given. inputs = (a, b), [B, T, H] each."""
 
     name = "linear"
+    tensors = 2
     native_gates = Path(__file__).with_name("gates.h"), "Linear"
     triton_gates = "models.scan.recurrences.linear.triton:GATES"
 
