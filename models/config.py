@@ -80,7 +80,7 @@ class ModelConfig:
             yield "mixer", f"{self.mixer!r} is neither a name nor a list of names"
         else:
             for name in names:
-                if name not in MIXERS:
+                if not isinstance(name, str) or name not in MIXERS:
                     yield "mixer", f"{name!r} is not one of {', '.join(MIXERS)}"
             if len(names) > max(1, self.layers):
                 yield (

@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = Head(config.width, config.vocab_size)
         if config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            self.embed.weight = self.head.weight
         # How a block is called: replaced from outside where its activations are not to be kept.
         self.call_block: Callable[..., tuple[Tensor, Carry]] = _call_block
 

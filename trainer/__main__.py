@@ -8,7 +8,7 @@ from dataclasses import asdict
 from types import FrameType
 
 from trainer.config import load_config
-from trainer.events import Evaluated, Event, Stepped
+from trainer.events import Ended, Evaluated, Event, Started, Stepped, Warned
 from trainer.settings import ConfigError
 
 
@@ -61,7 +61,7 @@ def _line(event: Event) -> str:
             )
         case Evaluated(_, loss, bits):
             return f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
-    name = type(event).__name__.lower()
+    name = {Started: "start", Ended: "end", Warned: "warning"}[type(event)]
     return f"{name}: " + ", ".join(f"{key} {value}" for key, value in asdict(event).items())
 
 

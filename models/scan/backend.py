@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from models.scan.recurrence import Inputs, Problem, Recurrence
-from models.scan.recurrences import RECURRENCES
+from models.scan.recurrence import KNOWN, Inputs, Problem, Recurrence, remember
 from models.scan.span import Span
 
 # A backend is a module, and a line here; "auto" takes the fastest of a device, or chunked.
@@ -69,27 +68,12 @@ class Backend(Protocol):
         """Gradients of the inputs and of the state that entered, which `scanned` has."""
 
 
-# Recurrences by name: those that ship, and every other that has been scanned.
-KNOWN: dict[str, Recurrence] = dict(RECURRENCES)
-
-
-def _remember(recurrence: Recurrence) -> None:
-    """Operators take no objects, so a recurrence is known by its name from here on."""
-    if recurrence.name not in KNOWN:
-        KNOWN[recurrence.name] = recurrence
-    elif KNOWN[recurrence.name] != recurrence:
-        raise ValueError(
-            f"two recurrences are named {recurrence.name!r}: give them names of their own "
-            f"(or, if they are the same, make the class a dataclass with frozen=True)"
-        )
-
-
 def choose_backend(name: str, recurrence: Recurrence, device: str, dtype: torch.dtype) -> str:
     """The backend that runs it on inputs of that dtype; "auto" is the fastest that can, here.
 
     Raises ValueError for a backend that is not known, or asked for by name and not to be had.
     """
-    _remember(recurrence)
+    remember(recurrence)
     return _constant_choice(name, recurrence.name, device, dtype)
 
 
@@ -198,9 +182,10 @@ def _apart(tensors: list[Tensor]) -> list[Tensor]:
     """The same, but none a view of another's memory: an operator's results must not be."""
     seen: set[int] = set()
     for i, x in enumerate(tensors):
-        place = x.untyped_storage().data_ptr()
+        tensors[i] = x.resolve_conj().contiguous()  # as the compiler is told
+        place = tensors[i].untyped_storage().data_ptr()
         if place in seen:
-            tensors[i] = x.clone()
+            tensors[i] = tensors[i].clone()
         seen.add(place)
     return tensors
 

@@ -102,6 +102,7 @@ class _Maps:
         grad_h = grad_y
         if recurrence.own_output:
             grad_h = recurrence.state_gradient(problem.inputs, grad_y)
+        grad_h = grad_h.to(a.dtype)  # a matrix product promotes nothing
         flows = recurrence.kind.compose(a, grad_h)
         return cls(a, flows, recurrence.kind, reverse=True), grad_h
 

@@ -163,7 +163,8 @@ def _library(header: Path, defined: tuple[str, ...]) -> ctypes.CDLL:
     """The compiled library. Raises OSError with the reason where it cannot be built or loaded."""
     compiler = os.environ.get("CXX", "g++")
     flags = [*FLAGS, *defined, f'-DGATES_HEADER="{header}"']
-    sources = sorted({header, SOURCE, *SOURCE.parents[1].rglob("*.h")})
+    headers = {*SOURCE.parents[1].rglob("*.h"), *header.parent.glob("*.h")}
+    sources = sorted({SOURCE, header, *headers})
     texts = [path.read_text() for path in sources]
     described = (*texts, compiler, *FLAGS, *defined, platform.machine(), _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]

@@ -30,6 +30,10 @@ class Recurrence:
     native_gates: tuple[Path, str] | None = None  # a C++ header, and the type in it
     triton_gates: str | None = None  # module:name of a kernels.gates.TritonGates
 
+    def __post_init__(self) -> None:
+        """A dataclass is known when it is made: a compiler could not record it on the way."""
+        remember(self)
+
     def faults(self, inputs: Inputs) -> str | None:
         """What is wrong with the inputs; None where nothing is."""
         if len(inputs) != self.tensors:
@@ -92,6 +96,21 @@ class Recurrence:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through the output, None where it does not read one."""
         return (None,) * len(inputs)
+
+
+# Recurrences by name: operators take no objects.
+KNOWN: dict[str, Recurrence] = {}
+
+
+def remember(recurrence: Recurrence) -> None:
+    """Know it by its name from here on. Raises ValueError where another one has that name."""
+    if recurrence.name not in KNOWN:
+        KNOWN[recurrence.name] = recurrence
+    elif KNOWN[recurrence.name] != recurrence:
+        raise ValueError(
+            f"two recurrences are named {recurrence.name!r}: give them names of their own "
+            f"(or, if they are the same, make the class a dataclass with frozen=True)"
+        )
 
 
 @dataclass(frozen=True)

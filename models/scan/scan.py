@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.scan import backend as backends
 from models.scan.backend import Scanned, choose_backend
-from models.scan.recurrence import Inputs, Problem, Recurrence
+from models.scan.recurrence import KNOWN, Inputs, Problem, Recurrence
 from models.scan.recurrences.linear import Linear
 from models.scan.recurrences.mingru import MinGRU
 from models.scan.recurrences.minlstm import MinLSTM
@@ -112,7 +113,7 @@ class _Method:
     exchange: Exchange | None
 
     def problem(self, inputs: Inputs, reset: Tensor | None) -> Problem:
-        return Problem(backends.KNOWN[self.recurrence], inputs, reset)
+        return Problem(KNOWN[self.recurrence], inputs, reset)
 
 
 class _Scan(torch.autograd.Function):
@@ -139,6 +140,7 @@ class _Scan(torch.autograd.Function):
         return scanned.y, h_last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_h_last: Tensor) -> tuple[Tensor | None, ...]:
         reset, h_in, decays, y, *saved = ctx.saved_tensors
         method: _Method = ctx.method

@@ -118,8 +118,9 @@ def test_initial_memory_is_what_was_asked(mixer):
     assert a.min().item() == pytest.approx(1 - 1 / 2, abs=0.05)
 
 
-def test_initial_loss_is_log_of_the_vocabulary():
-    model = LanguageModel(small("mingru"))
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_loss_is_log_of_the_vocabulary(tied):
+    model = LanguageModel(small("mingru", tie_embeddings=tied))
     tokens, _ = tokens_and_reset()
     logits, _ = model(tokens)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

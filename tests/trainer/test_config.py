@@ -77,6 +77,7 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("model=3", "this is a section"),
         ("data.path=s3://bucket/x", "needs a local folder here"),
         ("model.conv_width=1", "is not 0 (off) or at least 2"),
+        ("model.mixer=[[mingru,window],attention]", "['mingru', 'window'] is not one of"),
     ],
 )
 def test_single_faults(config_file, override, said):

@@ -112,10 +112,11 @@ class Mixing(Recurrence):
         return inputs[0].shape[0], *inputs[0].shape[2:]
 
     def gates(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return inputs[0], inputs[1]
+        dtype = self.state_dtype(inputs)
+        return inputs[0].to(dtype), inputs[1].to(dtype)
 
     def gates_backward(self, inputs: Inputs, grad_a: Tensor, grad_b: Tensor) -> Inputs:
-        return grad_a, grad_b
+        return grad_a.to(inputs[0].dtype), grad_b.to(inputs[1].dtype)
 
 
 def own_inputs(recurrence: Recurrence, batch: int, steps: int) -> Inputs:
