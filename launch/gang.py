@@ -1,22 +1,31 @@
 """A gang of processes on Ray: joined or started, placed together, killed together.
 
-Workers are actors in a placement group. Ray Train would start the same gang in 16 s instead of 3,
-runs it in a thread without signals, tells the driver of the ranks that failed first only, and loses
-an exception that does not unpickle.
+Workers are actors, each bound to its machine. Ray Train would start the same gang in 16 s instead
+of 3, runs it in a thread without signals, tells the driver of the ranks that failed first only, and
+loses an exception that does not unpickle.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+import struct
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.placement import Plan, Rooms, plan, shown
 from trainer.config import Config
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray inside `ray job submit`
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_NCCL_")  # what a user sets of the collectives
+SETTLE_SECONDS = 5
+START_SECONDS = 120  # for a process to be started on a machine that has room for it
+_ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 
 
 class Place(NamedTuple):
@@ -25,6 +34,8 @@ class Place(NamedTuple):
     node: str
     address: str
     port: int  # a free one
+    host: str = ""
+    interface: str = ""  # that has the address
 
 
 class LaunchError(RuntimeError):
@@ -56,6 +67,8 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would end a whole worker where memory runs out; Linux ends what took it.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # Its control service, lost, does not come back: be told soon, and start another.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     import ray
 
     launch = config.launch
@@ -69,63 +82,139 @@ def connect(config: Config) -> None:
     )
 
 
-@contextmanager
-def gang(config: Config, kind: type, **options: Any) -> Iterator[tuple[list[Any], list[Place]]]:
-    """All workers, each an actor of class `kind`, in rank order, and where each one is.
+def rooms(config: Config) -> Rooms:
+    """How many workers each machine could take now; one that is to be drained takes none."""
+    from ray._private import state  # the public call adds all machines up
 
-    They are killed at the end, whatever they do. Raises LaunchError where there is no room.
+    leaving, wanted = draining(), _bundle(config)
+    found = {}
+    for node, free in state.available_resources_per_node().items():
+        room = min(int(free.get(name, 0) / each + 1e-6) for name, each in wanted.items())
+        if room and node not in leaving:
+            found[node] = room
+    return found
+
+
+def draining() -> set[str]:
+    """Machines that are about to be taken away."""
+    from ray._private import state
+
+    return set(state.state.get_draining_nodes())
+
+
+def find_room(config: Config, told: Callable[[str], None]) -> Plan:
+    """Wait for room for all workers, launch.wait_seconds long; then take what min_workers allows.
+
+    Raises LaunchError where there is no room for that either, or where it is spread unevenly;
+    ConnectionError where a Ray of our own has no machine any more.
+    """
+    launch = config.launch
+    whole, least = launch.workers, launch.min_workers or launch.workers
+    started = time.monotonic()
+    waits = False
+    while True:
+        found = rooms(config)
+        planned = plan(config, found)
+        waited = time.monotonic() - started
+        if planned and (planned.workers == whole or waited > launch.wait_seconds):
+            break
+        if waited > SETTLE_SECONDS and not found and not os.environ.get("RAY_ADDRESS"):
+            raise ConnectionError("Ray's own processes are gone")
+        # what a lost worker held may be on its way back for a moment
+        if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
+            raise LaunchError(
+                f"{whole} workers (at least {least}) do not spread evenly over the machines, whose "
+                f"room is {shown(found)}: every machine that is used must take as many; change "
+                f"launch.workers, launch.min_workers or parallel.sp"
+            )
+        if waited > launch.wait_seconds:
+            raise LaunchError(
+                f"the cluster has no room for launch.workers {whole} (at least {least}) of "
+                f"{_bundle(config)} each after launch.wait_seconds {launch.wait_seconds:g}: "
+                f"{shown(found)}"
+            )
+        if not waits and waited > 1:
+            waits = True
+            _ask_for_machines(config, whole)
+            told(
+                f"room for {planned.workers if planned else 0} of {whole} workers so far "
+                f"({shown(found)}), waiting up to launch.wait_seconds {launch.wait_seconds:g}"
+            )
+        time.sleep(0.2)
+    if waits:
+        _ask_for_machines(config, 0)
+    return planned
+
+
+def _bundle(config: Config) -> dict[str, float]:
+    launch = config.launch
+    gpus = {"GPU": launch.gpus_per_worker} if launch.gpus_per_worker else {}
+    return {"CPU": launch.cpus_per_worker, **gpus}
+
+
+def _ask_for_machines(config: Config, workers: int) -> None:
+    """Of an autoscaler, where the cluster has one."""
+    from ray.autoscaler.sdk import request_resources
+
+    with contextlib.suppress(Exception):  # a wish; whether it is granted is seen by room
+        request_resources(bundles=[_bundle(config)] * workers)
+
+
+@contextmanager
+def gang(
+    config: Config, kind: type, nodes: tuple[str, ...], **options: Any
+) -> Iterator[tuple[list[Any], list[Place]]]:
+    """A worker on each of `nodes`, an actor of class `kind`, in rank order, and where each one is.
+
+    They are killed at the end, whatever they do. Raises LaunchError where one does not start.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    launch = config.launch
-    bundle = {"CPU": launch.cpus_per_worker}
-    if launch.gpus_per_worker:
-        bundle["GPU"] = launch.gpus_per_worker
-    group = placement_group([bundle] * launch.workers, strategy="PACK")
     workers: list[Any] = []
     try:
-        if not group.wait(timeout_seconds=120):
-            raise LaunchError(
-                f"the cluster has no room for launch.workers {launch.workers} of {bundle}: "
-                f"it has {ray.cluster_resources()}"
-            )
-        for index in range(launch.workers):
+        for node in nodes:
             actor: Any = ray.remote(kind).options(
                 **options,
-                num_cpus=launch.cpus_per_worker,
-                num_gpus=launch.gpus_per_worker,
+                num_cpus=config.launch.cpus_per_worker,
+                num_gpus=config.launch.gpus_per_worker,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=index
-                ),
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             workers.append(actor.remote())
-        places = ray.get([worker.place.remote() for worker in workers])
-        # Neighbours in rank share a machine where they can: SP is innermost.
-        order = sorted(range(len(workers)), key=lambda i: (places[i].node, i))
-        yield [workers[i] for i in order], [places[i] for i in order]
+        started = [worker.place.remote() for worker in workers]
+        try:
+            places = ray.get(started, timeout=START_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            raise LaunchError(
+                f"{len(nodes)} workers did not start within {START_SECONDS} s on machines that had "
+                f"room for them: `ray logs` may tell why"
+            ) from None
+        yield workers, places
     finally:
         for worker in workers:
-            ray.kill(worker)
-        remove_placement_group(group)
+            with contextlib.suppress(ray.exceptions.RayError):  # it is lost with its machine
+                ray.kill(worker)
 
 
 def environments(places: list[Place], cpus: float) -> list[dict[str, str]]:
     """What torch.distributed reads, per rank."""
     nodes = [place.node for place in places]
+    passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
     return [
         {
+            # else gloo takes whatever address the machine's name has
+            **({"GLOO_SOCKET_IFNAME": place.interface} if place.interface else {}),
+            **passed,
             "MASTER_ADDR": places[0].address,
             "MASTER_PORT": str(places[0].port),
             "RANK": str(rank),
             "WORLD_SIZE": str(len(nodes)),
-            "LOCAL_RANK": str(nodes[:rank].count(node)),
-            "LOCAL_WORLD_SIZE": str(nodes.count(node)),
+            "LOCAL_RANK": str(nodes[:rank].count(place.node)),
+            "LOCAL_WORLD_SIZE": str(nodes.count(place.node)),
             "OMP_NUM_THREADS": str(max(1, int(cpus))),
         }
-        for rank, node in enumerate(nodes)
+        for rank, place in enumerate(places)
     ]
 
 
@@ -135,8 +224,21 @@ class Placed:
     def place(self) -> Place:
         import ray
 
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
         node = ray.get_runtime_context().get_node_id()
-        return Place(node, ray.util.get_node_ip_address(), port)
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((address, 0))
+            port = s.getsockname()[1]
+        return Place(node, address, port, socket.gethostname(), _interface_of(address))
+
+
+def _interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address; "" where none is found."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(s.fileno(), _ADDRESS_OF_INTERFACE, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""

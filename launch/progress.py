@@ -1,5 +1,6 @@
 """A run's events on a terminal: one live bar, and lines beside it for what is rarer than a step."""
 
+import math
 import sys
 import time
 from typing import Never
@@ -54,8 +55,9 @@ class Progress:
 
     def _advance(self, step: int, metrics: Metrics) -> None:
         assert self._bar is not None
+        loss = math.nan if metrics["loss"] is None else metrics["loss"]
         self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
             f"ETA {time.strftime('%H:%M:%S', time.gmtime(metrics['eta_seconds']))}",
             refresh=False,
         )

@@ -1,25 +1,23 @@
-"""A training on Ray: a gang of workers that run the trainer and may be restarted."""
+"""A training on Ray: a gang of workers that is started again, whatever of it was lost."""
 
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from launch.gang import LaunchError, Placed, connect, environments, gang
+from launch.driver import GangEnd, Outcome, Refused
+from launch.gang import LaunchError
 from trainer.config import Config
-from trainer.events import Ended, Event, Warned
+from trainer.events import Event, Started, Stop, Warned
+from trainer.goodput import Submission
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one worker ended: in good order, with a fault of the run, a crash, or lost altogether."""
-
-    rank: int
-    kind: str  # done, fault, crash, lost
-    message: str = ""
+START_DRIVER = "from launch.driver import main; main()"
 
 
 def place_faults(paths: Iterable[tuple[str, str]]) -> list[str]:
@@ -50,39 +48,146 @@ def run_job(
     """Train `config` on Ray: a local one, or the cluster of RAY_ADDRESS. True when it finished.
 
     `on_event` sees what rank 0 reports; once `should_stop` is true the workers are asked to stop,
-    which they do after a checkpoint. Lost workers are replaced up to launch.max_failures times.
-    Raises LaunchError.
+    which they do after a checkpoint. What is lost, workers, machines or Ray itself, is replaced, up
+    to launch.max_failures times without a new checkpoint between. Raises LaunchError.
     """
-    connect(config)
-    import ray
+    submission = Submission(f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}", time.time())
+    tally = _Tally(config.launch.max_failures)
 
+    def pass_on(event: Event) -> None:
+        if isinstance(event, Started):
+            tally.started_at(event.step)
+        on_event(event)
+
+    driver: _Driver | None = None
     try:
-        failures = 0
         while True:
-            try:
-                outcomes, finished = _run_gang(config, on_event, should_stop)
-            except ray.exceptions.RayError as error:  # lost before or beside its run
-                lost_early = f"a worker was lost ({type(error).__name__})"
-                outcomes, finished = [Outcome(0, "lost", lost_early)], False
-            faults = [o for o in outcomes if o.kind == "fault"]
-            if faults:
-                raise LaunchError(_shared_message(faults))
-            if all(o.kind == "done" for o in outcomes):
-                return finished
-            lost = [o for o in outcomes if o.kind == "lost"] or _silent(outcomes, config)
-            shown = "; ".join(
-                f"worker {o.rank}: {o.message}" for o in lost or outcomes if o.message
-            )
-            if not lost:
-                raise LaunchError(f"the workers failed\n{shown}")
-            failures += 1
-            if failures > config.launch.max_failures:
-                raise LaunchError(f"{shown} (restart {failures - 1} was the last allowed)")
-            count = f"{failures} of {config.launch.max_failures}"
-            again = f"starting all workers again from the last checkpoint ({count})"
+            driver = driver or _Driver()
+            end = driver.run(config, submission, pass_on, should_stop)
+            if isinstance(end, Refused):
+                if not tally.failures:  # else what has failed may be on its way back
+                    raise LaunchError(end.message)
+                shown = end.message
+            elif end is None:
+                shown = f"Ray itself was lost: {driver.last_words()}"
+            elif all(outcome.kind == "done" for outcome in end.outcomes):
+                if not end.moved or end.finished or should_stop():
+                    return end.finished
+                on_event(Warned(f"{end.moved}: going on from the checkpoint just written"))
+                continue
+            else:
+                shown = _first_cause(end)
+            if end is None or isinstance(end, Refused):
+                driver.close()
+                driver = None
+            if should_stop():
+                raise LaunchError(f"{shown}; it was asked to stop, and is not started again")
+            tally.fail(shown)
+            again = f"starting all workers again from the last checkpoint ({tally})"
             on_event(Warned(f"{shown}: {again}"))
     finally:
-        ray.shutdown()
+        if driver:
+            driver.close()
+
+
+class _Tally:
+    """Counts failures without a new checkpoint between: over weeks there may be any number."""
+
+    def __init__(self, limit: int) -> None:
+        self.failures, self._limit, self._step = 0, limit, -1
+
+    def started_at(self, step: int) -> None:
+        if step > self._step:
+            self.failures, self._step = 0, step
+
+    def fail(self, shown: str) -> None:
+        self.failures += 1
+        if self.failures > self._limit:
+            raise LaunchError(
+                f"{shown} (launch.max_failures {self._limit} restarts brought no new checkpoint)"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.failures} of {self._limit}"
+
+
+class _Driver:
+    """The process that speaks with Ray, from here."""
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
+        root = str(Path(__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", START_DRIVER, str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=self._said,
+            start_new_session=True,  # Ctrl-C is for the command, which asks
+        )
+        theirs.close()
+
+    def run(
+        self,
+        config: Config,
+        submission: Submission,
+        on_event: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+    ) -> GangEnd | Refused | None:
+        """Run one gang to its end; None where the driver itself was lost."""
+        asked = False
+        try:
+            self._pipe.send((config, submission))
+            while True:
+                if should_stop() and not asked:
+                    asked = True
+                    self._pipe.send(Stop.NOW)
+                if not self._pipe.poll(0.2):
+                    continue
+                message: Any = self._pipe.recv()
+                if isinstance(message, GangEnd | Refused):
+                    return message
+                on_event(message)
+        except (EOFError, OSError):
+            return None
+
+    def last_words(self) -> str:
+        """What it wrote last, for a person to search for."""
+        self._process.wait()
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said.read().splitlines() if line.strip()]
+        return lines[-1] if lines else f"its driver ended with status {self._process.returncode}"
+
+    def close(self) -> None:
+        """End it, and all that it has started here."""
+        self._pipe.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+
+def _first_cause(end: GangEnd) -> str:
+    """What happened first, by worker, machine and step: not what the others saw of it."""
+    for kinds in (("fault",), ("lost",), ("crash",), ("cut",)):
+        chosen = [outcome for outcome in end.outcomes if outcome.kind in kinds and outcome.message]
+        if chosen and kinds == ("fault",):
+            raise LaunchError(_shared_message(chosen))
+        if chosen:
+            return "; ".join(_where(outcome) for outcome in chosen)
+    return "the workers failed without a word"
+
+
+def _where(outcome: Outcome) -> str:
+    if outcome.rank < 0:
+        return outcome.message
+    at = f" on {outcome.host}" if outcome.host else ""
+    return f"worker {outcome.rank}{at}: {outcome.message}"
 
 
 def _shared_message(faults: list[Outcome]) -> str:
@@ -94,124 +199,3 @@ def _shared_message(faults: list[Outcome]) -> str:
         f"{message} (worker {', '.join(map(str, sorted(ranks)))})"
         for message, ranks in messages.items()
     )
-
-
-def _silent(outcomes: list[Outcome], config: Config) -> list[Outcome]:
-    """The workers that the others waited for in vain: alive, perhaps, but hung."""
-    if not any("timed out" in o.message.lower() for o in outcomes):
-        return []
-    answered = {o.rank for o in outcomes}
-    waited = f"did not answer for parallel.timeout_seconds {config.parallel.timeout_seconds:g}"
-    return [
-        Outcome(rank, "lost", waited)
-        for rank in range(config.launch.workers)
-        if rank not in answered
-    ]
-
-
-def _run_gang(
-    config: Config, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
-) -> tuple[list[Outcome], bool]:
-    """Start all workers, follow them to their end, and leave none behind."""
-    import ray
-
-    board: Any = ray.remote(num_cpus=0)(_Board).remote()
-    try:
-        with gang(config, _Worker) as (workers, places):
-            settings = environments(places, config.launch.cpus_per_worker)
-            running = {
-                worker.run.remote(config, environment, board): rank
-                for rank, (worker, environment) in enumerate(zip(workers, settings, strict=True))
-            }
-            return _follow(running, board, on_event, should_stop)
-    finally:
-        ray.kill(board)
-
-
-def _follow(
-    running: dict[Any, int],
-    board: Any,
-    on_event: Callable[[Event], None],
-    should_stop: Callable[[], bool],
-) -> tuple[list[Outcome], bool]:
-    """Pass events on until every worker has ended, or 3 s after the first that failed."""
-    import ray
-
-    outcomes: list[Outcome] = []
-    finished = False
-    failed_at = None
-    while running and (failed_at is None or time.monotonic() - failed_at < 3):
-        done, _ = ray.wait(list(running), timeout=0.2)
-        events = ray.get(board.take.remote(should_stop()))
-        for reference in done:
-            outcome = _outcome(reference, running.pop(reference))
-            outcomes.append(outcome)
-            if outcome.kind != "done":
-                failed_at = failed_at or time.monotonic()
-        for event in events:
-            finished |= isinstance(event, Ended) and event.step == event.steps
-            on_event(event)
-    for event in ray.get(board.take.remote(False)):
-        finished |= isinstance(event, Ended) and event.step == event.steps
-        on_event(event)
-    return outcomes, finished
-
-
-def _outcome(reference: Any, rank: int) -> Outcome:
-    import ray
-
-    try:
-        kind, message = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        return Outcome(rank, "lost", f"its process was lost ({type(error).__name__})")
-    return Outcome(rank, kind, message)
-
-
-class _Board:
-    """Where rank 0 leaves its events and finds whether to stop."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.stop = False
-
-    def put(self, event: Event) -> bool:
-        self.events.append(event)
-        return self.stop
-
-    def take(self, stop: bool) -> list[Event]:
-        self.stop |= stop
-        events, self.events = self.events, []
-        return events
-
-
-class _Worker(Placed):
-    """One rank that runs the trainer once."""
-
-    def run(self, config: Config, environment: dict[str, str], board: Any) -> tuple[str, str]:
-        """Train; ("done", "") or what went wrong. Exceptions are told as text, never pickled."""
-        import ray
-
-        os.environ.update(environment)
-        import torch
-
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        from trainer.train import RunError, train
-
-        answer = None
-
-        def report(event: Event) -> bool:
-            # The answer to the last event is taken, so that a step never waits for the board.
-            nonlocal answer
-            stop = bool(ray.get(answer)) if answer is not None else False
-            answer = board.put.remote(event)
-            return stop
-
-        try:
-            train(config, report)
-        except (ValueError, RunError) as error:
-            return "fault", str(error)
-        except Exception:  # told to the driver, which decides for all workers
-            return "crash", traceback.format_exc()
-        if answer is not None:
-            ray.get(answer)
-        return "done", ""

@@ -1,21 +1,36 @@
-"""Ctrl-C and pre-emption: a wish to stop in good order."""
+"""Ctrl-C, pre-emption and time limits: wishes to stop in good order."""
 
 import signal
-from collections.abc import Callable
+import time
 from types import FrameType
 
+PREEMPTED = 75  # the exit status of a run that is to be started again: sysexits' EX_TEMPFAIL
 
-def watch_signals(message: str) -> Callable[[], bool]:
-    """Whether Ctrl-C or a pre-emption has asked to stop in good order; the second stops at once."""
-    asked = 0
 
-    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+class StopWatch:
+    """Whether to stop, and whether because a person or because a machine wanted it so."""
+
+    def __init__(self, message: str, max_seconds: float | None = None) -> None:
+        """Watches signals from here on; a second Ctrl-C or SIGTERM stops at once."""
+        self._message, self._asked, self.preempted = message, False, False
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(wish, self._ask)
+
+    def __call__(self) -> bool:
+        if self._deadline and time.monotonic() > self._deadline and not self._asked:
+            self._stop("run.max_seconds have passed", preempted=True)
+        return self._asked
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked and number != signal.SIGUSR1:
             raise KeyboardInterrupt
-        print(f"\n{message}; again to stop at once", flush=True)
+        again = "; again to stop at once"
+        if number == signal.SIGINT:
+            self._stop(f"\n{self._message}{again}", preempted=False)
+        else:
+            self._stop(f"\n{signal.Signals(number).name}: {self._message}", preempted=True)
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    return lambda: asked > 0
+    def _stop(self, told: str, preempted: bool) -> None:
+        self._asked, self.preempted = True, self.preempted or preempted
+        print(told, flush=True)

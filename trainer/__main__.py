@@ -1,14 +1,16 @@
 """A worker under torchrun: torchrun --nproc-per-node 4 -m trainer CONFIG [key=value ...]."""
 
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import asdict
 from types import FrameType
 
 from trainer.config import load_config
-from trainer.events import Ended, Evaluated, Event, Started, Stepped, Warned
+from trainer.events import Ended, Evaluated, Event, Started, Stepped, Stop, Warned
 from trainer.settings import ConfigError
 
 
@@ -32,16 +34,22 @@ def main(argv: list[str]) -> int:
         stopping = True
 
     signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGUSR1, ask_to_stop)  # some schedulers' notice
 
-    def report(event: Event) -> bool:
+    started = time.monotonic()
+    limit = config.run.max_seconds or math.inf
+
+    def report(event: Event) -> Stop:
         print(_line(event), flush=True)
-        return stopping
+        return Stop.NOW if stopping or time.monotonic() - started > limit else Stop.NO
 
-    from trainer.train import RunError, train  # imports torch, so after the configuration is good
+    # imports torch, so after the configuration is good
+    from trainer.guard import ReplicaError, RunError
+    from trainer.train import train
 
     try:
         train(config, report)
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, ReplicaError) as error:
         print(f"error: worker {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # other ranks may be inside a collective that this one will not join
     except RuntimeError:
@@ -55,8 +63,10 @@ def _line(event: Event) -> str:
     """One event as a line for people."""
     match event:
         case Stepped(step, steps, metrics):
+            loss = metrics["loss"]
+            shown = "not finite" if loss is None else f"{loss:.4f}"
             return (
-                f"step {step}/{steps}  loss {metrics['loss']:.4f}  "
+                f"step {step}/{steps}  loss {shown}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  eta {metrics['eta_seconds']:.0f} s"
             )
         case Evaluated(_, loss, bits):

@@ -1,8 +1,9 @@
 """Checkpoints that exist only when their manifest does.
 
-DeepSpeed writes step-N.tmp; every worker hashes and syncs its share of the files; rank 0 writes the
-manifest and renames the folder. A worker killed at any moment leaves the last checkpoint as it was.
-DeepSpeed's `latest` file is not used: it is written before the checkpoint is complete.
+A save holds up the training for a copy of what is to be written. Beside the training, every worker
+writes, hashes and syncs its files in step-N.tmp; rank 0 writes the manifest and renames the folder.
+A worker killed at any moment leaves the last checkpoint as it was. DeepSpeed's `latest` file is not
+used: it is written before the checkpoint is complete.
 """
 
 import json
@@ -10,14 +11,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from data_prep.files import file_sha256, sync_to_disk, write_whole
-from trainer.parallel.topology import Topology
+from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder
+from trainer.storage import Mirror
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
+Files = dict[str, Callable[[Path], None]]  # what writes a file, by its name in a checkpoint
 
 
 @dataclass
@@ -45,49 +49,106 @@ class Saved:
     manifest: Manifest
 
 
-def save(
-    run: RunFolder,
-    manifest: Manifest,
-    write: Callable[[Path], None],
-    keep: int,
-    topology: Topology,
-) -> None:
-    """Write a checkpoint with `write(folder)`, commit it, and drop all but the newest `keep`.
+class Saver:
+    """Writes checkpoints beside the training, one at a time, on groups of their own.
 
-    Every worker must call it; it returns when the checkpoint exists for all.
+    Every worker makes every call. A save that fails leaves nothing behind but `fault`.
     """
-    final = run.checkpoint(manifest.step)
-    partial = final.with_suffix(".tmp")
 
-    def start() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(self, run: RunFolder, keep: int, peers: Peers, mirror: Mirror | None) -> None:
+        self._run, self._keep, self._peers, self._mirror = run, keep, peers, mirror
+        self._thread: Thread | None = None
+        self.fault: str | None = None  # of the last save that has ended
 
-    def commit() -> None:
+    def start(self, manifest: Manifest, files: Files) -> None:
+        """Begin to write this worker's `files`, when the save before has ended."""
+        self.wait()
+        self._thread = Thread(target=self._write, args=(manifest, files), name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save has ended, well or not."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, manifest: Manifest, files: Files) -> None:
+        peers, final = self._peers, self._run.checkpoint(manifest.step)
+        partial = final.with_suffix(".tmp")
+        try:
+            peers.on_first(lambda: _clear(partial))
+            sealed = peers.together(lambda: _write_all(partial, files))
+            for share in peers.gather_objects(sealed):
+                manifest.files |= share
+            peers.on_first(lambda: self._commit(partial, final, manifest))
+        except Exception as error:  # told to the run, which decides; a lost peer is one too
+            self.fault = f"the checkpoint of step {manifest.step} was not written: {error}"
+            if peers.first:
+                shutil.rmtree(partial, ignore_errors=True)  # its room is needed
+            return
+        if self._mirror:
+            mirror = self._mirror
+            try:
+                peers.together(lambda: mirror.upload(final, list(sealed)))
+                peers.on_first(lambda: mirror.commit(final, self._keep))
+            except Exception as error:
+                self.fault = f"the checkpoint of step {manifest.step} is in {final} alone: {error}"
+
+    def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         write_whole(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-            sync_to_disk(folder)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_to_disk(final.parent)
-        for old in run.saved()[keep:]:
+        _replace(partial, final)
+        for old in self._run.saved()[self._keep :]:
             shutil.rmtree(old)
 
-    topology.on_first(start)
-    topology.together(lambda: write(partial))
-    manifest.files = _seal_all(partial, topology)
-    topology.on_first(commit)
+
+def _replace(partial: Path, final: Path) -> None:
+    """Give a folder that is complete its name, for good."""
+    for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+        sync_to_disk(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_to_disk(final.parent)
 
 
-def _seal_all(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file, each worker sealing its share."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    names = topology.gather_objects(names)[0]  # storage may show each worker another listing
-    mine = names[topology.rank :: topology.world_size]
-    sealed = topology.together(lambda: {name: _seal(folder / name) for name in mine})
-    shares = topology.gather_objects(sealed)
-    return {name: share[name] for share in shares for name in sorted(share)}
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_all(folder: Path, files: Files) -> dict[str, dict[str, Any]]:
+    """Write files and seal them: size and digest by name."""
+    sealed = {}
+    for name, write in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        try:
+            write(path)
+        except RuntimeError as error:  # what torch says of a full disk
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(f"{path} cannot be written, {free:,.0f} MiB are free: {error}") from None
+        sealed[name] = _seal(path)
+    return sealed
+
+
+def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
+    """Bring the newest checkpoint of the mirror here, if none here is as new."""
+
+    def newest() -> str | None:
+        there, here = mirror.saved()[:1], [path.name for path in run.saved()[:1]]
+        step = [int(name.removeprefix("step-")) for name in (*there, *(here or ["step--1"]))]
+        return there[0] if there and step[0] > step[1] else None
+
+    names = topology.gather_objects(topology.together(newest))
+    name = names[0]
+    if name is None:
+        return
+    partial = run.checkpoints / f"{name}.tmp"
+    topology.on_first(lambda: _clear(partial))
+    files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
+    mine = files[topology.rank :: topology.world_size]
+    topology.together(lambda: mirror.download(name, mine, partial))
+    topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
 
 
 def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Saved | None:
@@ -97,6 +158,9 @@ def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Sav
     to *.damaged, and the one before it tried. Raises ValueError where only damaged ones are left,
     rather than start again from nothing.
     """
+    if topology.first:  # of saves that were killed
+        for unfinished in run.checkpoints.glob("*.tmp"):
+            shutil.rmtree(unfinished)
     candidates = topology.gather_objects([str(p) for p in run.saved()])[0]
     for candidate in map(Path, candidates):
         manifest, faults = _read_manifest(candidate)

@@ -24,6 +24,18 @@ def value_faults(config: Config) -> Iterator[Fault]:
             f"{train.segment_len} is not train.seq_len: streamed segments are not built yet, "
             f"leave it null",
         )
+    launch = config.launch
+    if launch.min_workers is not None and launch.min_workers > launch.workers:
+        yield (
+            "launch.min_workers",
+            f"{launch.min_workers} is above launch.workers {launch.workers}: lower it",
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.failures_per_day is not None and checkpoint.every_seconds is not None:
+        yield (
+            "checkpoint.failures_per_day",
+            "it chooses checkpoint.every_seconds, which is set too: leave one of them null",
+        )
     if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
         yield from _sharding_faults(config)
 

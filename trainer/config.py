@@ -23,6 +23,8 @@ from trainer.settings import ConfigError, merge, not_negative, one_of, positive
 class RunConfig:
     dir: str = "runs/run"  # everything the run writes goes here
     seed: int = not_negative(0)  # of the initial weights and of the order of sequences
+    # stop in good order, as a pre-emption would, so long after the command was given
+    max_seconds: float | None = positive(None)
 
 
 @dataclass
@@ -75,7 +77,26 @@ class OptimConfig:
 @dataclass
 class CheckpointConfig:
     every: int = positive(100)  # steps; the last step is always saved
+    # and as soon as so many seconds have passed since the last one
+    every_seconds: float | None = positive(None)
+    # lost workers per day, of all together: every_seconds is then chosen (trainer/goodput.py)
+    failures_per_day: float | None = positive(None)
     keep: int = positive(2)  # newest checkpoints that stay on disk
+    # a save that fails (a full disk): tell, and try again at the next one; or stop
+    on_failure: str = one_of("warn", "warn", "stop")
+    remote: str | None = None  # an address (s3://, gs://, file://) where they are kept too
+
+
+@dataclass
+class GuardConfig:
+    """What is done about a step or weights that cannot be right."""
+
+    # a loss or gradient that is not finite, or a spike: stop before the update, or leave it out
+    on_bad_step: str = one_of("stop", "stop", "skip")
+    max_skips: int = positive(10)  # steps left out in a whole run, before it stops
+    spike_nats: float = positive(3.0)  # a loss so far above the median of the last 50 is a spike
+    # steps between comparisons of the workers' weights, which are compared before a save too; 0: no
+    checksum_every: int = not_negative(100)
 
 
 @dataclass
@@ -87,9 +108,16 @@ class EvaluateConfig:
 @dataclass
 class LaunchConfig:
     workers: int = positive(1)
+    # as few will do where no more are to be had, and all again when they are; null: all or none
+    min_workers: int | None = positive(None)
     cpus_per_worker: float = positive(1)
     gpus_per_worker: float = not_negative(0)
-    max_failures: int = not_negative(3)  # restarts after a lost worker; a fault of the run ends it
+    # restarts after lost workers with no new checkpoint between; a fault of the run ends it
+    max_failures: int = not_negative(3)
+    # for room for all workers, before fewer are taken or none
+    wait_seconds: float = positive(120.0)
+    # a worker that gives no sign of life for so long is lost: stopped, or cut off
+    silence_seconds: float = positive(60.0)
 
 
 @dataclass
@@ -102,6 +130,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

@@ -62,6 +62,14 @@ class MicroBatch:
     scored_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """What a rank reads for a step, and the first token of every sequence of it, on any rank."""
+
+    micro_batches: list[MicroBatch]
+    begins: list[int]
+
+
 class TokenStream:
     """Random access to the tokens of one split. `bytes_read` counts what was read of its blocks."""
 
@@ -224,19 +232,18 @@ class SequenceOrder:
 
 def training_batches(
     reader: SequenceReader, config: Config, dp_rank: int, consumed: int
-) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of every step from `consumed` sequences on, read one step ahead."""
+) -> Iterator[StepBatch]:
+    """What this rank reads for every step from `consumed` sequences on, read one step ahead."""
     order = SequenceOrder(
         reader.sequences, config.train.seq_len, config.run.seed, config.data.shift
     )
     size, micro = config.train.batch_size, config.train.micro_batch_size
 
-    def read_step(first: int) -> list[MicroBatch]:
-        batches = []
-        for part in range(config.accumulation):
-            begin = first + (part * config.dp + dp_rank) * micro
-            batches.append(reader.micro_batch([order[n] for n in range(begin, begin + micro)]))
-        return batches
+    def read_step(first: int) -> StepBatch:
+        begins = [order[n] for n in range(first, first + size)]
+        parts = (part * config.dp + dp_rank for part in range(config.accumulation))
+        mine = (begins[part * micro : (part + 1) * micro] for part in parts)
+        return StepBatch([reader.micro_batch(each) for each in mine], begins)
 
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
         ahead = pool.submit(read_step, consumed)

@@ -6,19 +6,23 @@ Each setting below that departs from DeepSpeed's default says why; the parity te
 
 import importlib
 import logging
+import math
 import platform
-from functools import cache
+from collections import OrderedDict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from models.flops import parameters
 from models.scan import Recurrence
-from trainer.checkpoint import WEIGHTS, Saved
+from trainer.checkpoint import WEIGHTS, Files, Saved
 from trainer.config import Config
+from trainer.guard import weights_checksum
 from trainer.optim import build_optimizer
 from trainer.reshape import load_reshaped, needs_reshaping
 from trainer.worker import Worker
@@ -106,6 +110,10 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=topology, config=derived, dist_init_required=False
         )
+        self._leave_out = False  # the gradients of this step
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        inner.register_step_pre_hook(self._drop_gradients)
+        self._engine._copy_recovery_script = lambda _: None  # writes; the weights lie beside
         self._topology = topology
         self._stage = config.deepspeed.zero_stage
         if self._stage == 0 and config.train.dtype == "bf16":
@@ -136,26 +144,54 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
-        """Update the weights after a step's last backward; the gradient's norm before clipping."""
+    def step(self, learning_rate: float, *, leave_out: bool = False) -> float:
+        """Update the weights after a step's last backward; the gradient's norm before clipping.
+
+        Nothing is updated where that is not finite, or the step is to be left out.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
         if self._stage == 0:  # every rank holds all gradients; DeepSpeed keeps no norm in fp32
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._leave_out = leave_out or (norm is not None and not math.isfinite(norm))
         self._engine.step()
+        self._leave_out = False
         self._step += 1
+        if getattr(self._engine.optimizer, "overflow", False):
+            return math.inf  # DeepSpeed made no update, and at stage 3 still tells the norm before
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's files into folder/deepspeed, the weights into folder/model.safetensors."""
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"step": self._step}, save_latest=False
-        )
+    def _drop_gradients(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before every update; torch's optimizers pass over what has no gradient."""
+        if self._leave_out:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def snapshot(self) -> Files:
+        """A copy of this rank's share of a checkpoint, and what writes it.
+
+        DeepSpeed's files in deepspeed/, the weights in model.safetensors.
+        """
+        copied = _Copies()
+        engine = self._engine
+        kept, engine.checkpoint_engine = engine.checkpoint_engine, copied
+        try:
+            engine.save_checkpoint(
+                "snapshot", tag=TAG, client_state={"step": self._step}, save_latest=False
+            )
+        finally:
+            engine.checkpoint_engine = kept
+        files: Files = {
+            str(Path(path).relative_to("snapshot")): partial(torch.save, state)
+            for path, state in copied.files.items()
+        }
         weights = self.weights()
         if self._topology.first:
-            save_file(weights, folder / WEIGHTS)
+            files[WEIGHTS] = partial(save_file, weights)
+        return files
 
     def weights(self) -> dict[str, Tensor]:
         """All weights on rank 0's CPU, in the model's dtype; empty on the other ranks."""
@@ -166,6 +202,10 @@ class Engine:
                 if self._topology.first:
                     gathered[name] = parameter.detach().cpu().clone().contiguous()
         return gathered
+
+    def weights_checksum(self) -> int:
+        """Of the weights that every worker holds whole."""
+        return weights_checksum(self._engine.module.parameters())
 
     def destroy(self) -> None:
         """Free what DeepSpeed holds; for a process that builds several engines."""
@@ -187,3 +227,36 @@ class Engine:
                 f"{saved.folder} loaded as step {client.get('step')}, its manifest says {step}"
             )
         self._step = step
+
+
+class _Copies:
+    """In the place of DeepSpeed's checkpoint engine: copies to the CPU what it would write."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = _copy(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    create = commit = lambda *_: None
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # a copy of a view is not a view
+
+
+def _copy(state: Any) -> Any:
+    """Nested containers with every tensor copied; what else they hold does not change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = ((key, _copy(value)) for key, value in state.items())
+        return OrderedDict(copied) if isinstance(state, OrderedDict) else dict(copied)
+    if type(state) in (list, tuple):
+        return type(state)(_copy(value) for value in state)
+    return state

@@ -1,7 +1,9 @@
 """What rank 0 tells of a run, as it happens. Imports no torch: whoever watches needs none."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 Metrics = dict[str, float | None]  # a line of metrics.jsonl
 
@@ -53,10 +55,30 @@ class Ended:
     steps: int
 
 
+class Stop(IntEnum):
+    """What whoever watches asks of a run: to go on, or to stop in good order."""
+
+    NO = 0
+    NOW = 1  # after the next step, and a checkpoint
+    AT_CHECKPOINT = 2  # after the next checkpoint that is due anyway
+
+
 Event = Started | Stepped | Evaluated | Warned | Ended
-Report = Callable[[Event], bool]  # the answer True asks to stop in good order
+Report = Callable[[Event], Stop]
 
 
-def silent(event: Event) -> bool:
+def silent(event: Event) -> Stop:
     """A report to nobody."""
-    return False
+    return Stop.NO
+
+
+@dataclass
+class Pulse:
+    """What a worker does just now: written by the run, read beside it by whoever watches it."""
+
+    step: int = 0  # steps taken
+    doing: str = "starting"
+    since: float = 0.0  # time.monotonic()
+
+    def now(self, doing: str) -> None:
+        self.doing, self.since = doing, time.monotonic()

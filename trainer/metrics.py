@@ -1,6 +1,7 @@
 """A run's figures: metrics.jsonl in full precision, and the same to TensorBoard."""
 
 import json
+import math
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -49,6 +50,11 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,9 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / TOKENIZER_NAME  # where it is not plain bytes
         self.metrics = self.path / "metrics.jsonl"
+        self.sequences = self.path / "sequences.jsonl"  # the first token of each, by step
+        self.starts = self.path / "starts.jsonl"  # trainer.goodput
+        self.lock = self.path / "lock"
         self.evaluations = self.path / "evaluations.jsonl"
         self.result = self.path / "evaluation.json"  # of the last step
         self.tensorboard = self.path / "tensorboard"
@@ -54,6 +60,43 @@ class RunFolder:
         folders = [p for p in self.checkpoints.glob("step-*") if p.is_dir() and not p.suffix]
         return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
+    def hold(self, patience_seconds: float) -> int:
+        """Be the only one that writes here, until this process ends; the open lock.
+
+        The system frees it with the process, however that ends, and network storage does so too
+        (NFS since Linux 2.6.12). One that is just ending is waited for. Raises ValueError that
+        names who else is at it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(handle, 200, 0).decode() or "another process"
+                    os.close(handle)
+                    raise ValueError(
+                        f"run.dir {self.path} is in use: {holder} trains in it; wait for its end, "
+                        f"stop it, or choose another run.dir"
+                    ) from None
+                time.sleep(0.2)
+        os.ftruncate(handle, 0)
+        at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        os.pwrite(
+            handle, f"process {os.getpid()} of {socket.gethostname()}, since {at},".encode(), 0
+        )
+        return handle
+
+    def _unwritable(self, error: OSError) -> ValueError:
+        reason = f"{error.strerror}: {error.filename}"
+        return ValueError(f"run.dir {self.path} cannot be written: {reason}")
+
     def resumes(self) -> bool:
         """Whether a start here goes on with what another has begun."""
         return self.config.is_file() and any(self.checkpoints.glob("step-*"))
@@ -67,8 +110,7 @@ class RunFolder:
         write_whole(self.result, json.dumps(result, indent=1) + "\n")
 
     def add_evaluation(self, line: Line) -> None:
-        with self.evaluations.open("a") as f:
-            f.write(json.dumps(line) + "\n")
+        add_line(self.evaluations, line)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Why nothing could be written here."""
@@ -88,6 +130,12 @@ class RunFolder:
                     f"{get(now, name)!r} differs from {get(before, name)!r} of the run in "
                     f"{self.path}, which would resume: keep it, or choose another run.dir",
                 )
+
+
+def add_line(path: Path, line: Line) -> None:
+    """Append to a .jsonl file."""
+    with path.open("a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -1,10 +1,13 @@
 """The run, top to bottom: every worker calls `train` with the same configuration."""
 
-import math
+import os
+import socket
 import statistics
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
@@ -19,72 +22,107 @@ from trainer.checkpoint import Saved
 from trainer.config import Config, dump_config
 from trainer.data import (
     DataError,
-    MicroBatch,
     Position,
     SequenceReader,
+    StepBatch,
     open_split,
     training_batches,
 )
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, final_result
-from trainer.events import Ended, Evaluated, Report, Started, Stepped
+from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
+from trainer.goodput import Goodput, SaveSchedule, Submission, of_this_process
+from trainer.guard import RECENT, Guard, compare_replicas
 from trainer.memory import peak_memory_bytes
-from trainer.metrics import MetricsWriter, step_metrics
+from trainer.metrics import MetricsWriter, finite, step_metrics
 from trainer.optim import learning_rate
-from trainer.run_folder import RunFolder, truncate_after
+from trainer.run_folder import Line, RunFolder, add_line, read_lines, truncate_after
 from trainer.step import accumulate_gradients, build_engine, seed_dropout
+from trainer.storage import Mirror
 from trainer.worker import Worker
 
-
-class RunError(RuntimeError):
-    """The run itself cannot go on (a loss that is not finite): starting again would not help."""
+LOCK_PATIENCE_SECONDS = 10  # for a worker of the start before that is just ending
 
 
-def train(config: Config, report: Report) -> None:
+def train(
+    config: Config,
+    report: Report = silent,
+    pulse: Pulse | None = None,
+    submission: Submission | None = None,
+) -> None:
     """Train from the newest intact checkpoint of config.run.dir, or from the start, to the end.
 
     Every rank of the world calls this. Raises ValueError for what a user got wrong, DataError for
-    damaged data, RunError where training itself fails; the last checkpoint stays good.
+    damaged data, RunError where training itself fails, ReplicaError where workers no longer agree;
+    the last checkpoint stays good.
     """
-    run = _Run(Worker.join(config, report))
-    run.announce()
-    last_step = config.train.steps
-    if config.train.stop_after is not None:
-        last_step = min(last_step, run.step + config.train.stop_after)
-    stop = False
-    while run.step < last_step and not stop:
-        stop = run.take_step()
-        if run.step % config.checkpoint.every == 0 or run.step == last_step or stop:
-            run.save()
-        if config.evaluate.every and run.step % config.evaluate.every == 0:
-            run.evaluate()
-    run.finish()
+    worker = Worker.join(config, report, pulse)
+    with _held(worker):
+        run = _Run(worker, submission or of_this_process())
+        run.announce()
+        stop = Stop.NO
+        while run.step < run.last_step and not stop:
+            asked = run.take_step()
+            if run.save_due or run.step == run.last_step or asked == Stop.NOW:
+                run.save()
+                stop = asked
+            if config.evaluate.every and run.step % config.evaluate.every == 0:
+                run.evaluate()
+        run.finish()
+
+
+@contextmanager
+def _held(worker: Worker) -> Iterator[None]:
+    """The run's folder, for this run alone."""
+    locks: list[int] = []
+    folder = RunFolder(worker.config.run.dir)
+    worker.topology.on_first(lambda: locks.append(folder.hold(LOCK_PATIENCE_SECONDS)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            os.close(lock)
 
 
 class _Run:
     """One start of a run, on one worker: what it has, and what it does with it."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, submission: Submission) -> None:
         config = worker.config
         self.worker, self.config, self.topology = worker, config, worker.topology
         self.folder = RunFolder(config.run.dir)
         self.reader = _reader(worker, "train")
         self.held_out = _reader(worker, "held_out") if config.evaluate.sequences else None
         self._open_folder()
-        saved = checkpoint.find(self.folder, self.topology, worker.warn)
+        saved = self._find_checkpoint()
+        worker.pulse.now("building the model")
         self.engine = build_engine(worker, saved)
         self.step, self.consumed = 0, 0  # steps taken; sequences read for them
         if saved:
             self._check_resume(saved)
             self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
+        self.last_step = config.train.steps
+        if config.train.stop_after is not None:
+            self.last_step = min(self.last_step, self.step + config.train.stop_after)
         self.batches = training_batches(self.reader, config, self.topology.dp_rank, self.consumed)
         self.evaluated: Evaluation | None = None  # of the last step, if it was
-        self.asked_to_stop = False
+        self.asked: Stop = Stop.NO
         self.recent_seconds: deque[float] = deque(maxlen=20)
         self.writer: MetricsWriter | None = None
+        history: list[Line] = []
         if self.topology.first:
+            self.goodput = Goodput(self.folder, submission, self.step)
             self.writer = MetricsWriter(self.folder, self.step)
-            truncate_after(self.folder.evaluations, self.step)
+            for path in (self.folder.evaluations, self.folder.sequences):
+                truncate_after(path, self.step)
+            history = read_lines(self.folder.metrics)[-RECENT:]
+        history = self.topology.gather_objects(history)[0]
+        skipped = history[-1].get("skipped_steps", 0) if history else 0
+        self.guard = Guard(config, [line["loss"] for line in history], skipped)
+        self.schedule = SaveSchedule(config.checkpoint)
+        self.saver = checkpoint.Saver(
+            self.folder, config.checkpoint.keep, self.topology.aside, self.mirror
+        )
 
     def announce(self) -> None:
         """Tell what starts, and on which backend."""
@@ -114,24 +152,31 @@ class _Run:
             self.worker.warn(str(warning.message))
         return " and ".join(sorted(backends)) or "no"
 
-    def take_step(self) -> bool:
-        """Read, learn, record; whether any worker was asked to stop."""
+    def take_step(self) -> Stop:
+        """Read, learn, record; what whoever watches asks for."""
         started = time.perf_counter()
-        micro_batches = self._read()
+        save_seconds = self.schedule.take_held_up()
+        self.worker.pulse.now("reading data")
+        batch = self._read()
         data_seconds = time.perf_counter() - started
         seed_dropout(self.worker, self.step)
         meter = self.topology.sequence.meter
         meter.take()
-        loss_sum = accumulate_gradients(self.engine, micro_batches, self.worker)
+        self.worker.pulse.now("computing")
+        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker)
         exchange_seconds, _ = meter.take()
-        loss, memory, stop = self._agree(loss_sum)
+        losses, memory, asked = self._agree(loss_sum)
+        taken = self.guard.takes_loss(losses, self.step + 1, batch.begins)
         rate = learning_rate(self.step, self.config.train.steps, self.config.optim)
-        grad_norm = self.engine.step(rate)
-        if not math.isfinite(grad_norm):
-            raise RunError(_not_finite("gradient norm", grad_norm, self.step + 1))
+        grad_norm = self.engine.step(rate, leave_out=not taken)
+        taken = taken and self.guard.takes_norm(grad_norm, self.step + 1, batch.begins)
         self.step += 1
+        self.worker.pulse.step = self.step
         self.consumed += self.config.train.batch_size
         self.evaluated = None
+        every = self.config.guard.checksum_every
+        if every and self.step % every == 0:
+            self._compare_replicas()
         step_seconds = time.perf_counter() - started
         self.recent_seconds.append(step_seconds)
         steps_left = self.config.train.steps - self.step
@@ -141,25 +186,34 @@ class _Run:
                 {
                     "step": self.step,
                     "tokens": self.consumed * self.config.train.seq_len,
-                    "loss": loss,
-                    "grad_norm": grad_norm,
+                    "loss": finite(float(losses.sum()) / self.topology.dp_size),
+                    "grad_norm": finite(grad_norm),
                     "learning_rate": rate,
                     "step_seconds": step_seconds,
                     "data_seconds": data_seconds,
                     "exchange_seconds": exchange_seconds,
+                    "save_seconds": save_seconds,
                     "peak_memory_bytes": memory,
                     "eta_seconds": statistics.median(self.recent_seconds) * steps_left,
+                    "skipped_steps": self.guard.skipped,
+                    **self.goodput.count(
+                        step_seconds if taken else 0.0, self.config.launch.workers
+                    ),
                 },
             )
             self.writer.write(metrics)
+            add_line(self.folder.sequences, {"step": self.step, "begins": batch.begins})
             # taken up in the next step's exchange, so that all workers stop at the same one
-            self.asked_to_stop = self.worker.tell(
-                Stepped(self.step, self.config.train.steps, metrics)
-            )
-        return stop
+            self.asked = self.worker.tell(Stepped(self.step, self.config.train.steps, metrics))
+        return asked
 
     def save(self) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step, written while the training goes on."""
+        started = time.perf_counter()
+        self.worker.pulse.now("saving")
+        if self.config.guard.checksum_every:
+            self._compare_replicas()  # or a damaged checkpoint would push out a good one
+        self._end_save()
         position = Position(self.consumed, self.reader.sequences)
         manifest = checkpoint.Manifest(
             step=self.step,
@@ -173,13 +227,30 @@ class _Run:
             data_fingerprint=self.reader.stream.info.fingerprint,
             versions=versions(),
         )
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder, manifest, self.engine.save, keep, self.topology)
+        self.saver.start(manifest, self.engine.snapshot())
+        self.schedule.saved(time.perf_counter() - started)
+
+    def _end_save(self, last: bool = False) -> None:
+        """Wait for the save before; what went wrong with it is told, or ends the run."""
+        self.saver.wait()
+        faults = self.topology.gather_objects(self.saver.fault)
+        self.saver.fault = None
+        fault = next((fault for fault in faults if fault), None)
+        if fault and (last or self.config.checkpoint.on_failure == "stop"):
+            raise ValueError(fault)
+        if fault:
+            self.worker.warn(f"{fault}; the next save tries again")
+
+    def _compare_replicas(self) -> None:
+        mine = self.engine.weights_checksum(), socket.gethostname()
+        sums, hosts = zip(*self.topology.gather_objects(mine), strict=True)
+        compare_replicas(list(sums), list(hosts), self.step)
 
     def evaluate(self) -> None:
         """The held-out loss after this step, if there is held-out data."""
         if self.held_out is None:
             return
+        self.worker.pulse.now("evaluating")
         result = self.evaluated = evaluate(self.engine, self.held_out, self.worker)
         if self.topology.first:
             self.folder.add_evaluation({"step": self.step, **asdict(result)})
@@ -187,6 +258,8 @@ class _Run:
 
     def finish(self) -> None:
         """After the last step: the result, unless an earlier start has left it."""
+        self.worker.pulse.now("ending the last save")
+        self._end_save(last=True)
         if self.writer:
             self.writer.close()
         steps = self.config.train.steps
@@ -239,7 +312,15 @@ class _Run:
                 f"would be another; give back the same data, or choose another run.dir"
             )
 
-    def _read(self) -> list[MicroBatch]:
+    def _find_checkpoint(self) -> Saved | None:
+        self.worker.pulse.now("looking for a checkpoint")
+        remote = self.config.checkpoint.remote
+        self.mirror = self.topology.together(lambda: Mirror(remote)) if remote else None
+        if self.mirror:
+            checkpoint.fetch(self.folder, self.mirror, self.topology)
+        return checkpoint.find(self.folder, self.topology, self.worker.warn)
+
+    def _read(self) -> StepBatch:
         """This rank's micro-batches; all workers raise the same DataError where one cannot read."""
         batch, fault = None, None
         try:
@@ -253,19 +334,25 @@ class _Run:
         assert batch is not None
         return batch
 
-    def _agree(self, loss_sum: Tensor) -> tuple[float, int, bool]:
-        """The global mean loss, the highest memory of any worker, whether any was asked to stop.
+    def _agree(self, loss_sum: Tensor) -> tuple[Tensor, int, Stop]:
+        """Every worker's share of the loss [dp * sp], the highest memory of any, what is asked.
 
-        Every worker raises RunError together where the loss is not finite.
+        And whether a checkpoint is due after this step, by rank 0's clock.
         """
         device = self.worker.device
-        mine = [float(loss_sum), float(peak_memory_bytes(device)), float(self.asked_to_stop)]
+        mine = [
+            float(loss_sum),
+            float(peak_memory_bytes(device)),
+            float(self.asked),
+            float(self.schedule.due(self.step + 1)),
+            float(self.saver.fault is not None),
+        ]
         everyone = self.topology.gather(torch.tensor(mine, dtype=torch.float64, device=device))
-        losses, memories, stops = everyone.unbind(1)
-        loss = float(losses.sum()) / self.topology.dp_size
-        if not math.isfinite(loss):
-            raise RunError(_not_finite("loss", loss, self.step + 1))
-        return loss, int(memories.max()), bool(stops.any())
+        losses, memories, asked, due, failed = everyone.cpu().unbind(1)
+        self.save_due = bool(due[0])
+        if failed.any():
+            self._end_save()
+        return losses, int(memories.max()), Stop(int(asked.max()))
 
 
 def _reader(worker: Worker, split: str) -> SequenceReader:
@@ -274,10 +361,3 @@ def _reader(worker: Worker, split: str) -> SequenceReader:
     stream = worker.topology.together(partial(open_split, config, split))
     shift = split == "train" and config.data.shift
     return SequenceReader(stream, worker.layout, config.data.reset_state, shift)
-
-
-def _not_finite(figure: str, value: float, step: int) -> str:
-    return (
-        f"the {figure} is {value} at step {step}: nothing was saved since the last checkpoint; "
-        f"lower optim.learning_rate or optim.clip, or lengthen optim.warmup_steps, and start again"
-    )

@@ -1,14 +1,14 @@
 """A worker: a configuration on a device, at its place among the others. The only start-up."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from trainer.config import Config
-from trainer.events import Event, Report, Warned, silent
+from trainer.events import Event, Pulse, Report, Stop, Warned, silent
 from trainer.layout import Layout
 from trainer.memory import keep_freed_memory
 from trainer.parallel.topology import Topology
@@ -22,9 +22,10 @@ class Worker:
     device: torch.device
     topology: Topology
     report: Report = silent
+    pulse: Pulse = field(default_factory=Pulse)
 
     @classmethod
-    def join(cls, config: Config, report: Report = silent) -> "Worker":
+    def join(cls, config: Config, report: Report = silent, pulse: Pulse | None = None) -> "Worker":
         """Take this process's place in the world that its launcher has described.
 
         Raises ValueError where there is none, or GPUs are asked for and too few.
@@ -32,16 +33,22 @@ class Worker:
         keep_freed_memory()
         parallel = config.parallel
         device = join_group(parallel.timeout_seconds, config.launch.gpus_per_worker > 0)
-        return cls(config, device, Topology(parallel.sp, parallel.timeout_seconds), report)
+        return cls(
+            config,
+            device,
+            Topology(parallel.sp, parallel.timeout_seconds),
+            report,
+            pulse or Pulse(),
+        )
 
     @property
     def layout(self) -> Layout:
         """Which tokens of a sequence this rank holds."""
         return self.config.layout(self.topology.sp_rank)
 
-    def tell(self, event: Event) -> bool:
-        """Report it, if this is rank 0; whether whoever watches asks to stop."""
-        return self.topology.first and self.report(event)
+    def tell(self, event: Event) -> Stop:
+        """Report it, if this is rank 0; what whoever watches asks for."""
+        return self.report(event) if self.topology.first else Stop.NO
 
     def warn(self, message: str) -> None:
         self.tell(Warned(message))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from launch.compare.child import Call, Child, Failed
-from launch.gang import LaunchError, Placed, connect, environments, gang
+from launch.gang import LaunchError, Placed, connect, environments, find_room, gang
 from trainer.config import Config
 from trainer.provenance import hardware
 
@@ -65,7 +65,8 @@ def cell_gang(config: Config) -> Iterator[CellGang]:
     import ray
 
     try:
-        with gang(config, _CellWorker, max_concurrency=2) as (workers, _):
+        nodes = find_room(config, print).nodes
+        with gang(config, _CellWorker, nodes, max_concurrency=2) as (workers, _):
             yield CellGang(workers, config)
     except ray.exceptions.RayError as error:
         raise LaunchError(f"a worker was lost ({type(error).__name__}): start again") from error

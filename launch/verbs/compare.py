@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.compare.file import load_comparison
 from launch.ray_job import make_absolute, place_faults, run_job
-from launch.stop import watch_signals
+from launch.stop import StopWatch
 from trainer.config import Config
 from trainer.events import Evaluated, Event, Warned
 from trainer.settings import ConfigError
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.compare.page import write_comparison  # import torch and matplotlib
     from launch.compare.run import run_comparison
 
-    should_stop = watch_signals("stopping after this cell, or the next step and a checkpoint")
+    should_stop = StopWatch("stopping after this cell, or the next step and a checkpoint")
     show = partial(print, flush=True)
     results = run_comparison(comparison, show, _training(show, should_stop), should_stop)
     if results is None:

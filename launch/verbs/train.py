@@ -1,10 +1,11 @@
 """python -m launch train CONFIG [key=value ...]"""
 
 import argparse
+import sys
 
 from launch.progress import Progress
 from launch.ray_job import make_absolute, place_faults, run_job
-from launch.stop import watch_signals
+from launch.stop import PREEMPTED, StopWatch
 from trainer.config import load_config
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
@@ -23,18 +24,30 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(args.config, faults)
     make_absolute(config)
 
-    should_stop = watch_signals("stopping after the next step and a checkpoint")
+    should_stop = StopWatch("stopping after the next step and a checkpoint", config.run.max_seconds)
     print(f"starting {config.launch.workers} workers", flush=True)
     with Progress() as progress:
         finished = run_job(config, progress.show, should_stop)
     folder = RunFolder(config.run.dir)
     if not finished:
         print(f"stopped in good order; the same command goes on from {folder.checkpoints}")
-        return 0
+        return PREEMPTED if should_stop.preempted else 0
     if not folder.metrics.exists():
         print(f"{folder.path} is on storage that this machine does not see: no report was written")
         return 0
-    from launch.report import write_report  # imports torch and matplotlib
-
-    print("\n" + write_report(folder))
+    _report(folder)
     return 0
+
+
+def _report(folder: RunFolder) -> None:
+    """Of a run that has trained to its end, whatever becomes of the report."""
+    try:
+        from launch.report import write_report  # imports torch and matplotlib
+
+        print("\n" + write_report(folder))
+    except Exception as error:
+        print(
+            f"warning: the run is finished, its report could not be written "
+            f"({type(error).__name__}: {error}): try `python -m launch report {folder.path}`",
+            file=sys.stderr,
+        )

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from launch.gang import Place, environments
-from launch.ray_job import Outcome, _shared_message, _silent, place_faults
+from launch.driver import Outcome
+from launch.ray_job import _shared_message, place_faults
 from tests.launch.conftest import ROOT, without_ray
 from trainer.config import Config
 
@@ -40,16 +41,6 @@ def test_ranks_that_say_the_same_say_it_once():
     faults = [Outcome(1, "fault", "disk full"), Outcome(0, "fault", "disk full")]
     faults.append(Outcome(2, "fault", "no data"))
     assert _shared_message(faults) == "disk full (worker 0, 1)\nno data (worker 2)"
-
-
-def test_who_did_not_answer_is_the_one_that_hangs():
-    config = Config()
-    config.launch.workers = 3
-    crashed = [Outcome(0, "crash", "gloo: Timed out waiting"), Outcome(2, "crash", "")]
-    (hung,) = _silent(crashed, config)
-    assert (hung.rank, hung.kind) == (1, "lost")
-    assert "did not answer for parallel.timeout_seconds 600" in hung.message
-    assert _silent([Outcome(0, "crash", "ValueError")], config) == []
 
 
 @pytest.mark.slow

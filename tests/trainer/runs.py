@@ -11,7 +11,7 @@ from models.lm import LanguageModel
 from tests.distributed import run_distributed
 from trainer.config import load_config
 from trainer.data import SequenceOrder, SequenceReader, TokenStream
-from trainer.events import Event, Started, Stepped, Warned
+from trainer.events import Event, Started, Stepped, Stop, Warned
 from trainer.layout import Layout
 from trainer.optim import build_optimizer, learning_rate
 from trainer.train import train
@@ -27,9 +27,9 @@ def train_here(config_file: Path, overrides: list[str]) -> list[Event]:
     config = load_config(config_file, overrides, workers=dist.get_world_size())
     events: list[Event] = []
 
-    def report(event: Event) -> bool:
+    def report(event: Event) -> Stop:
         events.append(event)
-        return False
+        return Stop.NO
 
     train(config, report)
     return events

@@ -116,7 +116,7 @@ def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
         config = load_config(config_file, ["train.batch_size=4"], workers=workers)
         reader = SequenceReader(TokenStream(config.data, "train"), Layout(192), False)
         batches = training_batches(reader, config, dp_rank, consumed)
-        return [[b.tokens[0].tolist() for b in next(batches)] for _ in range(3)]
+        return [[b.tokens[0].tolist() for b in next(batches).micro_batches] for _ in range(3)]
 
     alone = steps(1, 0, 0)
     first, second = steps(2, 0, 0), steps(2, 1, 0)

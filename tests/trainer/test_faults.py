@@ -12,9 +12,9 @@ from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
 from trainer.config import DataConfig, load_config
 from trainer.data import DataError, SequenceOrder, TokenStream
+from trainer.guard import RunError
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
-from trainer.train import RunError
 
 pytestmark = pytest.mark.slow
 

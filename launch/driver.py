@@ -1,0 +1,336 @@
+"""The process that speaks with Ray: it starts a gang when asked, and follows it to its end.
+
+It stands between a person's command and Ray, because Ray ends its driver without a word when its
+control service is lost; the command (launch.ray_job) sees that, and starts another. Below it, and
+below `launch.reaper`, is everything that a Ray of our own starts.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from launch.gang import LaunchError, Placed, connect, draining, environments, find_room, gang, rooms
+from launch.placement import Plan, plan
+from launch.reaper import run_below
+from trainer.config import Config
+from trainer.events import Ended, Event, Pulse, Stop, Warned
+from trainer.goodput import Submission
+
+LOOK_SECONDS = 2.0  # between looks at the cluster: who leaves, and whether there is more room
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one worker ended.
+
+    `kind` is done, fault (of the run: starting again would not help), crash, cut (it lost another
+    worker, and is not the cause) or lost (its process, or all signs of its life).
+    """
+
+    rank: int
+    kind: str
+    message: str = ""
+    host: str = ""
+    step: int = 0
+
+
+@dataclass
+class GangEnd:
+    """How a gang ended: all outcomes that came; whether the run is finished; why it was stopped."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    finished: bool = False
+    moved: str = ""  # stopped in good order to go on elsewhere
+
+
+@dataclass(frozen=True)
+class Refused:
+    """No gang: what a LaunchError says."""
+
+    message: str
+
+
+class Seen:
+    """What is known of a worker while it runs."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.pulse = Pulse()
+        self.at = time.monotonic()  # when it came; nothing is due before the first
+
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self.at
+
+    def describe(self) -> str:
+        return f"{self.pulse.doing} after step {self.pulse.step}"
+
+
+def serve(pipe: Connection) -> None:
+    """Answer requests of the command until it closes the pipe."""
+    config, submission = _request(pipe)
+    try:
+        connect(config)
+    except LaunchError as error:
+        pipe.send(Refused(str(error)))
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray would end here; the command asks
+    import ray
+
+    try:
+        while True:
+            _Gang(config, submission, pipe).run()
+            config, submission = _request(pipe)
+    except EOFError:
+        return
+    finally:
+        ray.shutdown()
+
+
+def _request(pipe: Connection) -> tuple[Config, Submission]:
+    while isinstance(message := pipe.recv(), Stop):  # of a gang that had ended already
+        pass
+    return message
+
+
+class _Gang:
+    """One gang, from room for it to its end."""
+
+    def __init__(self, config: Config, submission: Submission, pipe: Connection) -> None:
+        self.config, self.submission, self.pipe = config, submission, pipe
+        self.end = GangEnd()
+        self.stop = Stop.NO
+        self.seen: list[Seen] = []
+
+    def run(self) -> None:
+        import ray
+
+        try:
+            planned = find_room(self.config, lambda line: self.pipe.send(Warned(line)))
+            self._start(planned)
+        except LaunchError as error:
+            self.pipe.send(Refused(str(error)))
+            return
+        except ray.exceptions.RayError as error:  # lost before or beside its run
+            reason = f"a machine or a worker was lost ({type(error).__name__})"
+            self.end.outcomes.append(Outcome(-1, "lost", reason))
+        self.pipe.send(self.end)
+
+    def _start(self, planned: Plan) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        config = planned.applied(self.config)
+        if planned.workers < self.config.launch.workers:
+            self.pipe.send(
+                Warned(
+                    f"room for {planned.workers} of {self.config.launch.workers} workers: going on "
+                    f"with these, sp={planned.sp}"
+                )
+            )
+        try:
+            with gang(config, _Worker, planned.nodes) as (workers, places):
+                settings = environments(places, config.launch.cpus_per_worker)
+                self.seen = [Seen(place.host) for place in places]
+                running = {
+                    worker.run.remote(config, environment, board, self.submission): rank
+                    for rank, (worker, environment) in enumerate(
+                        zip(workers, settings, strict=True)
+                    )
+                }
+                self._follow(running, board, planned)
+        finally:
+            ray.kill(board)
+
+    def _follow(self, running: dict[Any, int], board: Any, planned: Plan) -> None:
+        """Pass events on until every worker has ended, or shortly after the first has failed."""
+        import ray
+
+        failed_at: float | None = None
+        looked_at = time.monotonic()
+        while running and not self._over(failed_at):
+            done, _ = ray.wait(list(running), timeout=0.1)
+            self._take(ray.get(board.take.remote(self._wish()), timeout=30))
+            for reference in done:
+                self.end.outcomes.append(self._outcome(reference, running.pop(reference)))
+            for reference, rank in list(running.items()):
+                if self.seen[rank].silent_seconds() > self.config.launch.silence_seconds:
+                    del running[reference]
+                    self.end.outcomes.append(self._silent(rank))
+            if any(outcome.kind != "done" for outcome in self.end.outcomes):
+                failed_at = failed_at or time.monotonic()
+            elif time.monotonic() - looked_at > LOOK_SECONDS:
+                looked_at = time.monotonic()
+                self._look_around(planned)
+        self._take(ray.get(board.take.remote(Stop.NO), timeout=30))
+        if failed_at:
+            self._name_who_hangs(running)
+
+    def _over(self, failed_at: float | None) -> bool:
+        """Whether the cause is known, or was waited for long enough."""
+        if failed_at is None:
+            return False
+        known = any(outcome.kind in ("lost", "crash") for outcome in self.end.outcomes)
+        return time.monotonic() - failed_at > (0.3 if known else 2.0)
+
+    def _wish(self) -> Stop:
+        """What is asked of the workers, by the command or by the cluster."""
+        while self.pipe.poll():
+            self.stop, self.end.moved = self.pipe.recv(), ""
+        return self.stop
+
+    def _look_around(self, planned: Plan) -> None:
+        """Leave a machine that is to be taken away; take more workers where there is room."""
+        if self.stop:
+            return
+        if leaving := draining() & set(planned.nodes):
+            self.end.moved = f"machine {min(leaving)[:8]} is to be taken away"
+            self.stop = Stop.NOW
+        elif planned.workers < self.config.launch.workers:
+            free = rooms(self.config)
+            for node in planned.nodes:
+                free[node] = free.get(node, 0) + 1
+            larger = plan(self.config, free)
+            if larger and larger.workers > planned.workers:
+                self.end.moved = f"there is room for {larger.workers} workers"
+                self.stop = Stop.AT_CHECKPOINT
+
+    def _take(self, taken: tuple[list[Event], dict[int, Pulse]]) -> None:
+        events, pulses = taken
+        for rank, pulse in pulses.items():
+            self.seen[rank].pulse, self.seen[rank].at = pulse, time.monotonic()
+        for event in events:
+            self.end.finished |= isinstance(event, Ended) and event.step == event.steps
+            self.pipe.send(event)
+
+    def _outcome(self, reference: Any, rank: int) -> Outcome:
+        import ray
+
+        seen = self.seen[rank]
+        try:
+            kind, message = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            kind = "lost"
+            message = f"its process was lost ({type(error).__name__}) while {seen.describe()}"
+        return Outcome(rank, kind, message, seen.host, seen.pulse.step)
+
+    def _silent(self, rank: int) -> Outcome:
+        seen = self.seen[rank]
+        message = (
+            f"gave no sign of life for launch.silence_seconds "
+            f"{self.config.launch.silence_seconds:g} while {seen.describe()}"
+        )
+        return Outcome(rank, "lost", message, seen.host, seen.pulse.step)
+
+    def _name_who_hangs(self, running: dict[Any, int]) -> None:
+        """Where all that failed were only cut off, the cause is with those that did not answer."""
+        if any(outcome.kind != "cut" for outcome in self.end.outcomes if outcome.kind != "done"):
+            return
+        for rank in running.values():
+            seen = self.seen[rank]
+            waited = f"did not answer for parallel.timeout_seconds {self._timeout()}"
+            message = f"{waited}, while {seen.describe()}"
+            self.end.outcomes.append(Outcome(rank, "lost", message, seen.host, seen.pulse.step))
+
+    def _timeout(self) -> str:
+        return f"{self.config.parallel.timeout_seconds:g}"
+
+
+class _Board:
+    """Where workers leave signs of life, rank 0 its events, and where it finds whether to stop."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.pulses: dict[int, Pulse] = {}
+        self.stop = Stop.NO
+
+    def put(self, event: Event) -> Stop:
+        self.events.append(event)
+        return self.stop
+
+    def beat(self, rank: int, pulse: Pulse) -> None:
+        self.pulses[rank] = pulse
+
+    def take(self, stop: Stop) -> tuple[list[Event], dict[int, Pulse]]:
+        self.stop = stop or self.stop
+        taken = self.events, self.pulses
+        self.events, self.pulses = [], {}
+        return taken
+
+
+class _Worker(Placed):
+    """One rank that runs the trainer once."""
+
+    def run(
+        self, config: Config, environment: dict[str, str], board: Any, submission: Submission
+    ) -> tuple[str, str]:
+        """Train; ("done", "") or what went wrong. Exceptions are told as text, never pickled."""
+        import ray
+
+        pulse, ended = Pulse(), threading.Event()
+        rank = int(environment["RANK"])
+
+        def beat() -> None:
+            while not ended.wait(0.5):
+                board.beat.remote(rank, pulse)
+
+        board.beat.remote(rank, pulse)
+        threading.Thread(target=beat, daemon=True).start()
+        os.environ.update(environment)
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        from trainer.guard import RunError
+        from trainer.train import train
+
+        answer = None
+
+        def report(event: Event) -> Stop:
+            # The answer to the last event is taken, so that a step never waits for the board.
+            nonlocal answer
+            stop = ray.get(answer) if answer is not None else Stop.NO
+            answer = board.put.remote(event)
+            return stop
+
+        try:
+            train(config, report, pulse, submission)
+        except (ValueError, RunError) as error:
+            return "fault", str(error)
+        except Exception as error:  # told to the driver, which decides for all workers
+            return ("cut" if _lost_others(error) else "crash"), _told(error)
+        finally:
+            ended.set()
+        if answer is not None:
+            ray.get(answer)
+        return "done", ""
+
+
+def _lost_others(error: Exception) -> bool:
+    """Whether a collective has failed: because of another worker, or of the network between."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(word in said for word in ("gloo", "NCCL", "Connection closed by peer", "Timed out"))
+    )
+
+
+def _told(error: Exception) -> str:
+    """One line where the project itself says what is wrong, else all that there is."""
+    from trainer.guard import ReplicaError
+
+    return str(error) if isinstance(error, ReplicaError) else traceback.format_exc()
+
+
+def main() -> None:
+    """What a command starts, with the number of its pipe's other end."""
+    handle = int(sys.argv[1])
+    run_below(lambda: serve(Connection(handle)))

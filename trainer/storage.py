@@ -1,0 +1,76 @@
+"""Checkpoints kept a second time, at an address of object storage (s3, gs) or another folder.
+
+The door to fsspec. A checkpoint exists there when its manifest does, which is uploaded last.
+"""
+
+import posixpath
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+MANIFEST = "manifest.json"
+
+
+class Mirror:
+    """The checkpoints of one run at an fsspec address. What storage refuses is an OSError."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._files: Any
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"checkpoint.remote {address} cannot be used: {error}") from None
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """Some files of a checkpoint, which does not count until `commit`."""
+        for name in names:
+            target = self._path(folder.name, name)
+            self._try(self._files.makedirs, posixpath.dirname(target), exist_ok=True)
+            self._try(self._files.put_file, str(folder / name), target)
+
+    def commit(self, folder: Path, keep: int) -> None:
+        """The checkpoint is complete; all but the newest `keep` are dropped, manifests first."""
+        self.upload(folder, [MANIFEST])
+        kept = self.saved()[:keep]
+        for path in self._try(self._files.glob, self._path("step-*")):  # unfinished ones too
+            name = posixpath.basename(path)
+            if name in kept:
+                continue
+            if self._try(self._files.exists, self._path(name, MANIFEST)):
+                self._try(self._files.rm_file, self._path(name, MANIFEST))
+            self._try(self._files.rm, self._path(name), recursive=True)
+
+    def saved(self) -> list[str]:
+        """Names of the checkpoints that are complete, newest first."""
+        self._files.invalidate_cache()
+        found = self._try(self._files.glob, self._path("step-*", MANIFEST))
+        names = [posixpath.basename(posixpath.dirname(path)) for path in found]
+        return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
+
+    def files(self, name: str) -> list[str]:
+        """Of a checkpoint, by their names in it."""
+        root = self._path(name)
+        found = self._try(self._files.find, root)
+        return sorted(posixpath.relpath(self._files._strip_protocol(path), root) for path in found)
+
+    def download(self, name: str, files: list[str], folder: Path) -> None:
+        """Some files of a checkpoint into a local folder."""
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            self._try(self._files.get_file, self._path(name, file), str(folder / file))
+
+    def _path(self, *parts: str) -> str:
+        return posixpath.join(self._root, *parts)
+
+    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        for pause_seconds in (1, 2, 4, 8, 0):  # a store that is started again is waited for
+            try:
+                return call(*args, **options)
+            except Exception as error:  # each store's client has errors of its own
+                if not pause_seconds:
+                    raise OSError(f"checkpoint.remote {self._address}: {error}") from error
+            time.sleep(pause_seconds)
