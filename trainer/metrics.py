@@ -8,7 +8,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.flops import training_flops_per_token
 from trainer.events import Metrics
-from trainer.run_folder import RunFolder, truncate_after
+from trainer.goodput import Goodput, Submission
+from trainer.run_folder import Line, RunFolder, add_line, read_lines, truncate_after
 from trainer.worker import Worker
 
 # Dense bf16 peaks in FLOP/s, by the name that CUDA reports. Where the peak is unknown, mfu is null.
@@ -50,6 +51,35 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class RunRecord:
+    """What rank 0 writes of every step: its figures, goodput among them, and its sequences."""
+
+    def __init__(self, worker: Worker, submission: Submission, step: int) -> None:
+        """Goes on after `step`; what a lost run wrote of later ones is dropped."""
+        self._worker, self._folder = worker, RunFolder(worker.config.run.dir)
+        self._goodput = Goodput(self._folder, submission, step)
+        self._writer = MetricsWriter(self._folder, step)
+        for path in (self._folder.evaluations, self._folder.sequences):
+            truncate_after(path, step)
+
+    def recent(self, count: int) -> list[Line]:
+        """The last lines of metrics.jsonl."""
+        return read_lines(self._folder.metrics)[-count:]
+
+    def add(self, measured: Metrics, begins: list[int], useful: bool) -> Metrics:
+        """A step; `begins` are the tokens at which its sequences begin. All its figures."""
+        seconds = measured["step_seconds"] or 0.0
+        workers = self._worker.config.launch.workers
+        counted = self._goodput.count(seconds if useful else 0.0, workers)
+        metrics = step_metrics(self._worker, {**measured, **counted})
+        add_line(self._folder.sequences, {"step": measured["step"], "begins": begins})
+        self._writer.write(metrics)
+        return metrics
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def finite(value: float) -> float | None:

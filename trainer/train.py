@@ -31,12 +31,12 @@ from trainer.data import (
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
-from trainer.goodput import Goodput, SaveSchedule, Submission, of_this_process
+from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, compare_replicas
 from trainer.memory import peak_memory_bytes
-from trainer.metrics import MetricsWriter, finite, step_metrics
+from trainer.metrics import RunRecord, finite
 from trainer.optim import learning_rate
-from trainer.run_folder import Line, RunFolder, add_line, read_lines, truncate_after
+from trainer.run_folder import RunFolder
 from trainer.step import accumulate_gradients, build_engine, seed_dropout
 from trainer.storage import Mirror
 from trainer.worker import Worker
@@ -108,15 +108,8 @@ class _Run:
         self.evaluated: Evaluation | None = None  # of the last step, if it was
         self.asked: Stop = Stop.NO
         self.recent_seconds: deque[float] = deque(maxlen=20)
-        self.writer: MetricsWriter | None = None
-        history: list[Line] = []
-        if self.topology.first:
-            self.goodput = Goodput(self.folder, submission, self.step)
-            self.writer = MetricsWriter(self.folder, self.step)
-            for path in (self.folder.evaluations, self.folder.sequences):
-                truncate_after(path, self.step)
-            history = read_lines(self.folder.metrics)[-RECENT:]
-        history = self.topology.gather_objects(history)[0]
+        self.record = RunRecord(worker, submission, self.step) if self.topology.first else None
+        history = self.topology.gather_objects(self.record and self.record.recent(RECENT))[0]
         skipped = history[-1].get("skipped_steps", 0) if history else 0
         self.guard = Guard(config, [line["loss"] for line in history], skipped)
         self.schedule = SaveSchedule(config.checkpoint)
@@ -180,29 +173,22 @@ class _Run:
         step_seconds = time.perf_counter() - started
         self.recent_seconds.append(step_seconds)
         steps_left = self.config.train.steps - self.step
-        if self.writer:
-            metrics = step_metrics(
-                self.worker,
-                {
-                    "step": self.step,
-                    "tokens": self.consumed * self.config.train.seq_len,
-                    "loss": finite(float(losses.sum()) / self.topology.dp_size),
-                    "grad_norm": finite(grad_norm),
-                    "learning_rate": rate,
-                    "step_seconds": step_seconds,
-                    "data_seconds": data_seconds,
-                    "exchange_seconds": exchange_seconds,
-                    "save_seconds": save_seconds,
-                    "peak_memory_bytes": memory,
-                    "eta_seconds": statistics.median(self.recent_seconds) * steps_left,
-                    "skipped_steps": self.guard.skipped,
-                    **self.goodput.count(
-                        step_seconds if taken else 0.0, self.config.launch.workers
-                    ),
-                },
-            )
-            self.writer.write(metrics)
-            add_line(self.folder.sequences, {"step": self.step, "begins": batch.begins})
+        if self.record:
+            measured = {
+                "step": self.step,
+                "tokens": self.consumed * self.config.train.seq_len,
+                "loss": finite(float(losses.sum()) / self.topology.dp_size),
+                "grad_norm": finite(grad_norm),
+                "learning_rate": rate,
+                "step_seconds": step_seconds,
+                "data_seconds": data_seconds,
+                "exchange_seconds": exchange_seconds,
+                "save_seconds": save_seconds,
+                "peak_memory_bytes": memory,
+                "eta_seconds": statistics.median(self.recent_seconds) * steps_left,
+                "skipped_steps": self.guard.skipped,
+            }
+            metrics = self.record.add(measured, batch.begins, taken)
             # taken up in the next step's exchange, so that all workers stop at the same one
             self.asked = self.worker.tell(Stepped(self.step, self.config.train.steps, metrics))
         return asked
@@ -260,8 +246,8 @@ class _Run:
         """After the last step: the result, unless an earlier start has left it."""
         self.worker.pulse.now("ending the last save")
         self._end_save(last=True)
-        if self.writer:
-            self.writer.close()
+        if self.record:
+            self.record.close()
         steps = self.config.train.steps
         if self.step == steps and self.held_out:
             known = self.topology.gather_objects(self.folder.read_result(steps) is not None)[0]

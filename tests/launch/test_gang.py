@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from launch.gang import Place, environments
 from launch.driver import Outcome
+from launch.gang import Place, environments
 from launch.ray_job import _shared_message, place_faults
 from tests.launch.conftest import ROOT, without_ray
-from trainer.config import Config
 
 
 def test_ranks_find_each_other():
