@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall soak bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall test-faults bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -44,8 +44,8 @@ recall: setup
 	$(RUN) -m launch compare configs/compare_recall.yaml
 
 # Long proofs: workers killed at random moments.
-soak: setup
-	$(RUN) -m pytest -m soak
+test-faults: setup
+	$(RUN) -m pytest -m soak tests/launch/test_faults.py
 
 # The figures of tests/benchmarks/results, measured again: about eight quiet minutes on two cores.
 bench: setup

@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from launch.gang import LaunchError, Placed, connect, draining, environments, find_room, gang, rooms
+from launch.gang import (
+    LaunchError,
+    Placed,
+    check_own_ray,
+    connect,
+    draining,
+    environments,
+    find_room,
+    gang,
+    rooms,
+)
 from launch.placement import Plan, plan
 from launch.reaper import run_below
 from trainer.config import Config
@@ -188,6 +198,7 @@ class _Gang:
 
     def _look_around(self, planned: Plan) -> None:
         """Leave a machine that is to be taken away; take more workers where there is room."""
+        check_own_ray()
         if self.stop:
             return
         if leaving := draining() & set(planned.nodes):

@@ -118,8 +118,7 @@ def find_room(config: Config, told: Callable[[str], None]) -> Plan:
         waited = time.monotonic() - started
         if planned and (planned.workers == whole or waited > launch.wait_seconds):
             break
-        if waited > SETTLE_SECONDS and not found and not os.environ.get("RAY_ADDRESS"):
-            raise ConnectionError("Ray's own processes are gone")
+        check_own_ray()
         # what a lost worker held may be on its way back for a moment
         if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
             raise LaunchError(
@@ -133,7 +132,7 @@ def find_room(config: Config, told: Callable[[str], None]) -> Plan:
                 f"{_bundle(config)} each after launch.wait_seconds {launch.wait_seconds:g}: "
                 f"{shown(found)}"
             )
-        if not waits and waited > 1:
+        if not waits and waited > SETTLE_SECONDS:
             waits = True
             _ask_for_machines(config, whole)
             told(
@@ -144,6 +143,15 @@ def find_room(config: Config, told: Callable[[str], None]) -> Plan:
     if waits:
         _ask_for_machines(config, 0)
     return planned
+
+
+def check_own_ray() -> None:
+    """Raises ConnectionError where a process of the Ray that `connect` has started is gone."""
+    import ray
+
+    node = ray._private.worker._global_node  # None in a cluster that was joined
+    if node and not os.environ.get("RAY_ADDRESS") and not node.remaining_processes_alive():
+        raise ConnectionError("a process of Ray's own is gone")
 
 
 def _bundle(config: Config) -> dict[str, float]:

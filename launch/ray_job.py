@@ -1,6 +1,7 @@
 """A training on Ray: a gang of workers that is started again, whatever of it was lost."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def run_job(
                     raise LaunchError(end.message)
                 shown = end.message
             elif end is None:
-                shown = f"Ray itself was lost: {driver.last_words()}"
+                shown = f"Ray itself was lost ({driver.last_words()})"
             elif all(outcome.kind == "done" for outcome in end.outcomes):
                 if not end.moved or end.finished or should_stop():
                     return end.finished
@@ -155,11 +156,11 @@ class _Driver:
             return None
 
     def last_words(self) -> str:
-        """What it wrote last, for a person to search for."""
+        """Why it ended: by Python's word, or by Ray, which ends it when it is alone."""
         self._process.wait()
         self._said.seek(0)
-        lines = [line.strip() for line in self._said.read().splitlines() if line.strip()]
-        return lines[-1] if lines else f"its driver ended with status {self._process.returncode}"
+        errors = re.findall(r"^\w*Error: (.+)", self._said.read(), re.MULTILINE)
+        return errors[-1] if errors else "its control service does not answer any more"
 
     def close(self) -> None:
         """End it, and all that it has started here."""

@@ -27,6 +27,7 @@ PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+OF_THE_HEAD = ("port", "ray-client-server-port", "dashboard-port")
 
 
 def without_ray(**extra: str) -> dict[str, str]:
@@ -45,7 +46,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 class Head:
     """A Ray head of our own, and what a process needs to join it or to submit jobs to it."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, cpus: int = 4) -> None:
+        self._machines: list[subprocess.Popen[bytes]] = []
         ports = {name: free_port() for name in PORTS}
         self.environment = without_ray(
             RAY_AUTH_MODE="token",
@@ -55,7 +57,14 @@ class Head:
             # the cluster's Python is this one
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         )
-        command = [RAY, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
+        command = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--dashboard-host=127.0.0.1",
+            f"--num-cpus={cpus}",
+        ]
         command += ["--include-dashboard=true", "--object-store-memory=100000000"]
         command += ["--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())]
         with log.open("w") as f:
@@ -64,6 +73,17 @@ class Head:
         self.joined = {**self.environment, "RAY_ADDRESS": f"127.0.0.1:{ports['port']}"}
         # the last to come up is the agent that starts jobs: try one
         wait_for(lambda: self.submit("true").returncode == 0)
+
+    def add_machine(self, log: Path) -> psutil.Process:
+        """Another raylet with one CPU, which counts as a machine of its own."""
+        ports = {name: free_port() for name in PORTS if name not in OF_THE_HEAD}
+        command = [RAY, "start", "--block", f"--address={self.joined['RAY_ADDRESS']}"]
+        command += ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        command += [f"--{name}={port}" for name, port in ports.items()]
+        with log.open("w") as f:
+            process = subprocess.Popen(command, env=self.environment, stdout=f, stderr=f)
+        self._machines.append(process)
+        return psutil.Process(process.pid)
 
     def submit(self, command: str) -> subprocess.CompletedProcess[str]:
         job = [RAY, "job", "submit", "--", command]
@@ -75,8 +95,9 @@ class Head:
         return [p for p in below if named in " ".join(p.cmdline())]
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
+        for process in [*self._machines, self.process]:
+            process.terminate()
+            process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")
