@@ -27,7 +27,6 @@ PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
-OF_THE_HEAD = ("port", "ray-client-server-port", "dashboard-port")
 
 
 def without_ray(**extra: str) -> dict[str, str]:
@@ -46,8 +45,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 class Head:
     """A Ray head of our own, and what a process needs to join it or to submit jobs to it."""
 
-    def __init__(self, log: Path, cpus: int = 4) -> None:
-        self._machines: list[subprocess.Popen[bytes]] = []
+    def __init__(self, log: Path) -> None:
         ports = {name: free_port() for name in PORTS}
         self.environment = without_ray(
             RAY_AUTH_MODE="token",
@@ -57,14 +55,7 @@ class Head:
             # the cluster's Python is this one
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         )
-        command = [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            "--dashboard-host=127.0.0.1",
-            f"--num-cpus={cpus}",
-        ]
+        command = [RAY, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
         command += ["--include-dashboard=true", "--object-store-memory=100000000"]
         command += ["--disable-usage-stats", *(f"--{name}={port}" for name, port in ports.items())]
         with log.open("w") as f:
@@ -73,17 +64,6 @@ class Head:
         self.joined = {**self.environment, "RAY_ADDRESS": f"127.0.0.1:{ports['port']}"}
         # the last to come up is the agent that starts jobs: try one
         wait_for(lambda: self.submit("true").returncode == 0)
-
-    def add_machine(self, log: Path) -> psutil.Process:
-        """Another raylet with one CPU, which counts as a machine of its own."""
-        ports = {name: free_port() for name in PORTS if name not in OF_THE_HEAD}
-        command = [RAY, "start", "--block", f"--address={self.joined['RAY_ADDRESS']}"]
-        command += ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-        command += [f"--{name}={port}" for name, port in ports.items()]
-        with log.open("w") as f:
-            process = subprocess.Popen(command, env=self.environment, stdout=f, stderr=f)
-        self._machines.append(process)
-        return psutil.Process(process.pid)
 
     def submit(self, command: str) -> subprocess.CompletedProcess[str]:
         job = [RAY, "job", "submit", "--", command]
@@ -95,9 +75,61 @@ class Head:
         return [p for p in below if named in " ".join(p.cmdline())]
 
     def stop(self) -> None:
-        for process in [*self._machines, self.process]:
-            process.terminate()
-            process.wait(timeout=30)
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+class Machines:
+    """A cluster of machines with one CPU each, on loopback: each a raylet, added and killed."""
+
+    _SERVER = """
+import sys
+from ray.cluster_utils import Cluster
+size = {"num_cpus": 1, "object_store_memory": 100_000_000}
+cluster, added = Cluster(), []
+cluster.add_node(include_dashboard=False, **size)
+print("cluster", cluster.address, flush=True)
+for line in sys.stdin:
+    if line == "add\\n":
+        added.append(cluster.add_node(**size))
+    else:
+        cluster.remove_node(added.pop(), allow_graceful=False)
+    print("done", flush=True)
+"""
+
+    def __init__(self) -> None:
+        self.environment = without_ray(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=secrets.token_hex(32),
+            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+            RAY_USAGE_STATS_ENABLED="0",
+        )
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", self._SERVER],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.environment["RAY_ADDRESS"] = self._answer("cluster").split()[1]
+
+    def ask(self, word: str) -> None:
+        """`add` a machine, or `kill` the last that was added."""
+        assert self._server.stdin
+        self._server.stdin.write(f"{word}\n")
+        self._server.stdin.flush()
+        self._answer("done")
+
+    def _answer(self, word: str) -> str:
+        assert self._server.stdout
+        while not (line := self._server.stdout.readline()).startswith(word):
+            assert line, "the cluster has ended"
+        return line
+
+    def stop(self) -> None:
+        below = psutil.Process(self._server.pid).children(recursive=True)
+        for process in [psutil.Process(self._server.pid), *below]:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""make test-faults: processes and machines are lost at random moments, and the run that comes out is
-the run that would have been.
+"""make test-faults: processes and machines are lost at random moments, and the run that comes out
+is the run that would have been.
 
 Writes tests/benchmarks/results/faults_*.csv and .md.
 """
@@ -18,7 +18,7 @@ import pytest
 
 from launch.stop import PREEMPTED
 from tests.benchmarks import results
-from tests.launch.conftest import ROOT, Head, wait_for, without_ray
+from tests.launch.conftest import ROOT, Machines, wait_for, without_ray
 from tests.launch.test_launch import TRAIN
 from tests.trainer.runs import run as run_ranks
 from tests.trainer.test_resume import _assert_identical
@@ -37,9 +37,10 @@ FAULTS = {
 }
 SILENCE = ["launch.silence_seconds=5", "parallel.timeout_seconds=20"]
 PAGE = """Each try is a fault at a random moment of a run of two workers; the time is from it to
-the first new step after it. A stopped worker is found after launch.silence_seconds 5. Afterwards the
-losses, sequences, weights and optimizer states of the run were those of a run that was left alone:
-to the bit where the layout stayed, to rounding where it changed, with no line missing or double."""
+the first new step after it. A stopped worker is found after launch.silence_seconds 5. Afterwards
+the losses, sequences, weights and optimizer states of the run were those of a run that was left
+alone: to the bit where the layout stayed, to rounding where it changed, with no line missing or
+double."""
 ROWS: dict[tuple[str, str], list[float]] = {}  # (fault, kind of run): recovery seconds of each try
 
 
@@ -151,7 +152,8 @@ def test_lost_again_and_again(config_file, stage):
         moments.choice(_below(driver, word)[-2:]).send_signal(how)
         seconds = _recovered(run, driver, starts)
         ROWS.setdefault((name, f"ZeRO {stage}"), []).append(seconds)
-    wait_for(lambda at=len(_steps(run)): len(_steps(run)) > at + 20)
+    known = len(_steps(run))
+    wait_for(lambda: len(_steps(run)) > known + 20)
     driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == PREEMPTED, output
@@ -161,6 +163,7 @@ def test_lost_again_and_again(config_file, stage):
     _assert_as_if_left_alone(run, config_file, alone)
 
 
+@pytest.mark.soak
 def test_nothing_outlives_the_command(config_file):
     """Killed with -9, it leaves no process behind, and the next start goes on at once."""
     options = ["launch.workers=2", "parallel.sp=2", "train.steps=100000", "checkpoint.every=5"]
@@ -182,44 +185,43 @@ def test_nothing_outlives_the_command(config_file):
     driver.wait()
     _, left = psutil.wait_procs(below, timeout=10)
     assert not left, [p.cmdline() for p in left]
-    steps = len(_steps(run))
-    options[2] = f"train.steps={steps + 20}"
-    again = _start(config_file, without_ray(), *options, "evaluate.sequences=0")
+    options.append("evaluate.sequences=0")
+    again = _start(config_file, without_ray(), *options, "train.stop_after=20")
     output, _ = again.communicate(timeout=90)
     assert again.returncode == 0, output
-    _assert_as_if_left_alone(run, config_file, [*options, "evaluate.sequences=0"])
+    whole = f"train.stop_after={_steps(run)[-1]}"
+    _assert_as_if_left_alone(run, config_file, [*options, whole])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_machine_is_lost_and_comes_back(tmp_path, config_file, stage):
     """launch.min_workers: the run goes on with what is left, and takes the new machine in."""
-    head = Head(tmp_path / "head.log", cpus=1)
+    machines = Machines()
     try:
-        machine = head.add_machine(tmp_path / "second.log")
+        machines.ask("add")
         options = ["launch.workers=2", "launch.min_workers=1", "parallel.sp=2"]
         options += ["checkpoint.every=20", "evaluate.sequences=0", "launch.wait_seconds=3"]
         options += [f"deepspeed.zero_stage={stage}", "train.steps=100000", *SILENCE]
         run = config_file.parent / "run"
-        driver = _start(config_file, head.joined, *options)
+        driver = _start(config_file, machines.environment, *options)
         starts = run / "starts.jsonl"
 
         def workers() -> list[int]:
             return [line["workers"] for line in read_lines(starts)]
 
-        wait_for(lambda: workers() == [2] and len(_steps(run)) > 50)
+        wait_for(lambda: workers()[-1:] == [2] and len(_steps(run)) > 50)
         began = time.monotonic()
-        for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
-            process.kill()
-        wait_for(lambda: workers() == [2, 1], 120)
+        machines.ask("kill")
+        wait_for(lambda: workers()[-1] == 1, 120)
         ROWS.setdefault(("a machine of two lost, one worker goes on", f"ZeRO {stage}"), []).append(
             time.monotonic() - began
         )
         at = len(_steps(run))
         wait_for(lambda: len(_steps(run)) > at + 50)
         began = time.monotonic()
-        machine = head.add_machine(tmp_path / "third.log")
-        wait_for(lambda: workers() == [2, 1, 2], 120)
+        machines.ask("add")
+        wait_for(lambda: workers()[-1] == 2, 120)
         ROWS.setdefault(("a new machine taken in", f"ZeRO {stage}"), []).append(
             time.monotonic() - began
         )
@@ -228,7 +230,7 @@ def test_a_machine_is_lost_and_comes_back(tmp_path, config_file, stage):
         output, _ = driver.communicate(timeout=60)
         assert driver.returncode == PREEMPTED, output
     finally:
-        head.stop()
+        machines.stop()
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     alone = [o for o in options if not o.startswith("launch.")]

@@ -48,7 +48,7 @@ def test_left_out_steps_have_a_limit():
     guard = Guard(_config(on_bad_step="skip", max_skips=2), [], 1)
     assert not guard.takes_norm(math.inf, 5, [0] * 4)
     assert guard.skipped == 2
-    with pytest.raises(RunError, match="guard.max_skips 2 steps were left out before it"):
+    with pytest.raises(RunError, match=r"guard\.max_skips 2 steps were left out before it"):
         guard.takes_norm(math.inf, 6, [0] * 4)
 
 
@@ -67,7 +67,7 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
 
 def test_the_odd_one_out_is_named_where_there_is_a_majority():
     compare_replicas([5, 5, 5], ["a", "b", "c"], 3)
-    with pytest.raises(ReplicaError, match="of worker 1 on b differ from .* after step 3"):
+    with pytest.raises(ReplicaError, match=r"of worker 1 on b differ from .* after step 3"):
         compare_replicas([5, 4, 5], ["a", "b", "c"], 3)
     with pytest.raises(ReplicaError, match="of worker 0 on a, 1 on b differ"):
         compare_replicas([5, 4], ["a", "b"], 3)
