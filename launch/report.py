@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from data_prep.files import write_whole
 from launch.page import table
 from trainer.config import Config, load_dumped
+from trainer.goodput import describe
 from trainer.run_folder import Line, RunFolder, read_lines
 
 PROMPT_TOKENS = 256
@@ -93,7 +94,7 @@ def _page(run: _Record) -> Iterator[str]:
         f"sp={config.parallel.sp}, ZeRO stage {config.deepspeed.zero_stage}, "
         f"{config.train.dtype}. The full configuration is `config.yaml`.",
         "",
-        *table("", ("",), _figures(config, metrics)),
+        *table("", ("",), _figures(run.folder, config, metrics)),
         f"![loss]({run.folder.curve.name})",
         "",
     )
@@ -126,7 +127,9 @@ def _page(run: _Record) -> Iterator[str]:
     yield from ("## Go on", "", *(f"    {command}" for command in _commands(run.folder)))
 
 
-def _figures(config: Config, metrics: list[Line]) -> Iterator[tuple[str, tuple[str]]]:
+def _figures(
+    folder: RunFolder, config: Config, metrics: list[Line]
+) -> Iterator[tuple[str, tuple[str]]]:
     tail = metrics[-min(50, len(metrics)) :]
     step_seconds = statistics.median(m["step_seconds"] for m in tail)
     exchange = statistics.median(m["exchange_seconds"] for m in tail)
@@ -139,7 +142,23 @@ def _figures(config: Config, metrics: list[Line]) -> Iterator[tuple[str, tuple[s
     yield "of it in the exchange, waiting included", (f"{exchange:.3f} s",)
     yield "tokens per second", (f"{tokens / step_seconds:,.0f}",)
     yield "peak memory of a worker", (f"{memory / 2**30:.2f} GiB",)
-    yield "last training loss", (f"{metrics[-1]['loss']:.4f} nats",)
+    if metrics[-1]["loss"] is not None:
+        yield "last training loss", (f"{metrics[-1]['loss']:.4f} nats",)
+    yield from _goodput(folder)
+
+
+def _goodput(folder: RunFolder) -> Iterator[tuple[str, tuple[str]]]:
+    """What became of the time since the run was submitted."""
+    told = describe(folder)
+    if told is None:  # a run of an older version
+        return
+    share, elapsed = told["goodput"], told["elapsed_seconds"]
+    yield "goodput: steps that count, of the time submitted", (f"{share:.1%} of {elapsed:,.0f} s",)
+    yield "time that saves held up the steps", (f"{told['save_share']:.2%}",)
+    if told["restarts"]:
+        yield "restarts", (f"{told['restarts']}, {told['lost_steps']} steps taken again",)
+        slowest = f"{told['recovery_seconds']:.0f} s, at worst {told['worst_recovery_seconds']:.0f}"
+        yield "to the first new step, median", (slowest,)
 
 
 def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:

@@ -153,6 +153,8 @@ def describe(folder: RunFolder) -> dict[str, float] | None:
     return {
         "goodput": lines[-1]["goodput"],
         "elapsed_seconds": lines[-1]["elapsed_seconds"],
+        "save_share": sum(line["save_seconds"] for line in lines)
+        / (sum(line["step_seconds"] + line["save_seconds"] for line in lines) or 1.0),
         "restarts": len(recoveries),
         "lost_steps": sum(start["lost_steps"] for start in starts),
         "recovery_seconds": recoveries[len(recoveries) // 2] if recoveries else 0.0,

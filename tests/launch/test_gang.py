@@ -1,13 +1,18 @@
 """What workers are told of their world, and what a launcher refuses, without a Ray."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from launch.driver import Outcome
-from launch.gang import Place, environments
-from launch.ray_job import _shared_message, place_faults
+from launch.driver import GangEnd, Outcome
+from launch.gang import LaunchError, Place, _interface_of, environments
+from launch.ray_job import _first_cause, _shared_message, _Tally, place_faults
+from launch.stop import StopWatch
 from tests.launch.conftest import ROOT, without_ray
 
 
@@ -55,3 +60,109 @@ def test_no_cluster_at_the_address_is_told(config_file):
     )
     assert done.returncode == 1
     assert "no Ray cluster answers at RAY_ADDRESS=not an address" in done.stderr
+
+
+def _end(*outcomes: Outcome) -> GangEnd:
+    return GangEnd(list(outcomes))
+
+
+def test_the_first_cause_is_told_not_what_others_saw_of_it():
+    cut = Outcome(0, "cut", "gloo: Connection closed by peer", "a", 40)
+    lost = Outcome(1, "lost", "its process was lost while computing after step 40", "b", 40)
+    crash = Outcome(2, "crash", "Traceback ... ZeroDivisionError", "c", 40)
+    assert _first_cause(_end(cut, lost)) == f"worker 1 on b: {lost.message}"
+    assert _first_cause(_end(cut, crash)) == f"worker 2 on c: {crash.message}"
+    assert _first_cause(_end(cut)) == f"worker 0 on a: {cut.message}"
+    with pytest.raises(LaunchError, match=r"disk full \(worker 2\)"):
+        _first_cause(_end(cut, lost, Outcome(2, "fault", "disk full")))
+
+
+def test_failures_are_counted_since_the_last_new_checkpoint():
+    tally = _Tally(2)
+    for resumed_at in (0, 0, 10, 10, 20):  # each pair of failures, then a new checkpoint
+        tally.started_at(resumed_at)
+        tally.fail("lost")
+    tally.fail("lost")
+    assert str(tally) == "2 of 2"
+    with pytest.raises(LaunchError, match=r"lost \(launch.max_failures 2 restarts brought no new"):
+        tally.fail("lost")
+
+
+def test_an_address_has_its_interface():
+    assert _interface_of("127.0.0.1") == "lo"
+    assert _interface_of("203.0.113.9") == ""
+
+
+def test_what_a_user_sets_of_the_collectives_is_passed_on(monkeypatch):
+    place = Place("n1", "10.0.0.1", 4001, "host", "eth7")
+    assert environments([place], 1)[0]["GLOO_SOCKET_IFNAME"] == "eth7"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib1")
+    told = environments([place], 1)[0]
+    assert (told["NCCL_SOCKET_IFNAME"], told["GLOO_SOCKET_IFNAME"]) == ("ib0", "ib1")
+
+
+@pytest.mark.parametrize(
+    ("number", "preempted"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
+)
+def test_a_person_stops_and_a_machine_preempts(number, preempted, capsys):
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        watch = StopWatch("stopping")
+        assert not watch()
+        os.kill(os.getpid(), number)
+        assert watch()
+        assert watch.preempted == preempted
+        assert "stopping" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for wish, handler in kept.items():
+            signal.signal(wish, handler)
+
+
+def test_time_is_a_limit_too(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    watch = StopWatch("stopping", max_seconds=0.05)
+    assert not watch()
+    time.sleep(0.06)
+    assert watch()
+    assert watch.preempted
+    assert "run.max_seconds have passed" in capsys.readouterr().out
+
+
+_CHILD = """
+import os, subprocess, sys, time
+from launch.reaper import run_below
+def child():
+    # loses its parent, and is in a session of its own
+    subprocess.run("setsid sleep 300 & setsid sleep 301 & echo $! && sleep 0.2", shell=True)
+    print("up", flush=True)
+    time.sleep(float(sys.argv[1]))
+run_below(child)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["its own end", "its parent's"])
+def test_nothing_below_a_reaper_outlives_it(how):
+    """Not even what has left its process group and lost its parent."""
+    seconds = "0.5" if how == "its own end" else "300"
+    reaper = [sys.executable, "-c", _CHILD, seconds]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({reaper!r})"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout
+    assert parent.stdout.readline().strip().isdigit()
+    assert parent.stdout.readline() == "up\n"
+    below = psutil.Process(parent.pid).children(recursive=True)
+    assert {"300", "301"} <= {process.cmdline()[-1] for process in below}
+    if how == "its parent's":
+        parent.kill()
+    _, left = psutil.wait_procs(below, timeout=5)
+    assert not left
+    parent.wait()

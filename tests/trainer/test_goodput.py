@@ -87,7 +87,9 @@ def test_a_save_is_due_by_steps_or_by_time():
 def _steps(folder: RunFolder, goodput: Goodput, steps: range, seconds: float) -> None:
     for step in steps:
         counted = goodput.count(seconds, workers=2)
-        add_line(folder.metrics, {"step": step, "step_seconds": seconds, **counted})
+        add_line(
+            folder.metrics, {"step": step, "step_seconds": seconds, "save_seconds": 0.25, **counted}
+        )
 
 
 def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
@@ -108,6 +110,7 @@ def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
     assert told == {
         "goodput": pytest.approx(7 / 30),
         "elapsed_seconds": 30,
+        "save_share": pytest.approx(0.2),
         "restarts": 1,
         "lost_steps": 4,
         "recovery_seconds": 20,
