@@ -13,7 +13,7 @@ train: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch train configs/demo.yaml
 
-# The proofs, in about ten minutes on two cores: both lanes side by side.
+# The proofs, in ten to fifteen minutes on two cores: both lanes side by side.
 test: setup static
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line fast-lane slow-lane
 
