@@ -77,9 +77,6 @@ class Seen:
     def silent_seconds(self) -> float:
         return time.monotonic() - self.at
 
-    def describe(self) -> str:
-        return f"{self.pulse.doing} after step {self.pulse.step}"
-
 
 def serve(pipe: Connection) -> None:
     """Answer requests of the command until it closes the pipe."""
@@ -121,8 +118,11 @@ class _Gang:
         import ray
 
         try:
-            planned = find_room(self.config, lambda line: self.pipe.send(Warned(line)))
-            self._start(planned)
+            planned = find_room(
+                self.config, lambda line: self.pipe.send(Warned(line)), lambda: bool(self._wish())
+            )
+            if planned:
+                self._start(planned)
         except LaunchError as error:
             self.pipe.send(Refused(str(error)))
             return
@@ -229,14 +229,14 @@ class _Gang:
             kind, message = ray.get(reference)
         except ray.exceptions.RayError as error:
             kind = "lost"
-            message = f"its process was lost ({type(error).__name__}) while {seen.describe()}"
+            message = f"its process was lost ({type(error).__name__}) while {seen.pulse.doing}"
         return Outcome(rank, kind, message, seen.host, seen.pulse.step)
 
     def _silent(self, rank: int) -> Outcome:
         seen = self.seen[rank]
         message = (
             f"gave no sign of life for launch.silence_seconds "
-            f"{self.config.launch.silence_seconds:g} while {seen.describe()}"
+            f"{self.config.launch.silence_seconds:g} while {seen.pulse.doing}"
         )
         return Outcome(rank, "lost", message, seen.host, seen.pulse.step)
 
@@ -244,14 +244,11 @@ class _Gang:
         """Where all that failed were only cut off, the cause is with those that did not answer."""
         if any(outcome.kind != "cut" for outcome in self.end.outcomes if outcome.kind != "done"):
             return
+        waited = f"parallel.timeout_seconds {self.config.parallel.timeout_seconds:g}"
         for rank in running.values():
             seen = self.seen[rank]
-            waited = f"did not answer for parallel.timeout_seconds {self._timeout()}"
-            message = f"{waited}, while {seen.describe()}"
+            message = f"did not answer for {waited}, while {seen.pulse.doing}"
             self.end.outcomes.append(Outcome(rank, "lost", message, seen.host, seen.pulse.step))
-
-    def _timeout(self) -> str:
-        return f"{self.config.parallel.timeout_seconds:g}"
 
 
 class _Board:

@@ -102,11 +102,13 @@ def draining() -> set[str]:
     return set(state.state.get_draining_nodes())
 
 
-def find_room(config: Config, told: Callable[[str], None]) -> Plan:
+def find_room(
+    config: Config, told: Callable[[str], None], should_stop: Callable[[], bool]
+) -> Plan | None:
     """Wait for room for all workers, launch.wait_seconds long; then take what min_workers allows.
 
-    Raises LaunchError where there is no room for that either, or where it is spread unevenly;
-    ConnectionError where a Ray of our own has no machine any more.
+    None where it was asked to stop. Raises LaunchError where there is no room for that either, or
+    where it is spread unevenly; ConnectionError where a process of our own Ray is gone.
     """
     launch = config.launch
     whole, least = launch.workers, launch.min_workers or launch.workers
@@ -119,6 +121,8 @@ def find_room(config: Config, told: Callable[[str], None]) -> Plan:
         if planned and (planned.workers == whole or waited > launch.wait_seconds):
             break
         check_own_ray()
+        if should_stop():
+            return None
         # what a lost worker held may be on its way back for a moment
         if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
             raise LaunchError(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -168,27 +169,30 @@ class _Driver:
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.send_signal(signal.SIGHUP)  # launch.reaper: all below it, now
             self._process.wait()
         self._said.close()
 
 
 def _first_cause(end: GangEnd) -> str:
-    """What happened first, by worker, machine and step: not what the others saw of it."""
-    for kinds in (("fault",), ("lost",), ("crash",), ("cut",)):
-        chosen = [outcome for outcome in end.outcomes if outcome.kind in kinds and outcome.message]
-        if chosen and kinds == ("fault",):
-            raise LaunchError(_shared_message(chosen))
-        if chosen:
-            return "; ".join(_where(outcome) for outcome in chosen)
-    return "the workers failed without a word"
+    """What happened first, by worker, machine and step: not what the others saw of it.
+
+    Raises LaunchError where it is a fault of the run, which would come again.
+    """
+    by_kind = {
+        kind: [outcome for outcome in end.outcomes if outcome.kind == kind]
+        for kind in ("fault", "lost", "crash", "cut")
+    }
+    if by_kind["fault"]:
+        raise LaunchError(_shared_message(by_kind["fault"]))
+    causes = by_kind["lost"] or by_kind["crash"] or by_kind["cut"]
+    return "; ".join(_where(outcome) for outcome in causes)
 
 
 def _where(outcome: Outcome) -> str:
-    if outcome.rank < 0:
+    if outcome.rank < 0:  # of none in particular
         return outcome.message
-    at = f" on {outcome.host}" if outcome.host else ""
-    return f"worker {outcome.rank}{at}: {outcome.message}"
+    return f"worker {outcome.rank} on {outcome.host} after step {outcome.step}: {outcome.message}"
 
 
 def _shared_message(faults: list[Outcome]) -> str:

@@ -14,20 +14,23 @@ _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 def run_below(child: Callable[[], None]) -> NoReturn:
     """Fork, run `child` below this process, and end with it; nothing that it started outlives it.
 
-    Should the process that started this one die, so do `child` and all that it has started, at
-    once. For a process that has not imported much and has one thread.
+    Should the process that started this one die, or send SIGHUP, so do `child` and all that it has
+    started, at once. For a process that has not imported much and has one thread.
     """
     _prctl(_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes a child of this process
     parent = os.getppid()
     for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(wish, signal.SIG_IGN)  # asked of the process above, which asks the child
+    hung_up: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: hung_up.append(number))
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         child()
         os._exit(0)
     status = None
-    while status is None and os.getppid() == parent:
+    while status is None and os.getppid() == parent and not hung_up:
         time.sleep(0.05)
         status = _reap(pid)
     _kill_below()

@@ -27,6 +27,7 @@ DOORS = {
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
     "triton": ("models/scan/kernels/loops.py", "models/scan/recurrences/*/triton.py"),
+    "fsspec": ("trainer/storage.py",),
     "deepspeed": ("trainer/engine.py", "trainer/reshape.py"),
     "streaming": ("trainer/data.py", "data_prep/*.py"),
 }

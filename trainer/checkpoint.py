@@ -17,9 +17,8 @@ from typing import Any
 from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder
-from trainer.storage import Mirror
+from trainer.storage import MANIFEST, Mirror
 
-MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 Files = dict[str, Callable[[Path], None]]  # what writes a file, by its name in a checkpoint
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
 from trainer.settings import Fault, field_faults
+from trainer.storage import address_fault
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -31,6 +32,8 @@ def value_faults(config: Config) -> Iterator[Fault]:
             f"{launch.min_workers} is above launch.workers {launch.workers}: lower it",
         )
     checkpoint = config.checkpoint
+    if checkpoint.remote and (fault := address_fault(checkpoint.remote)):
+        yield "checkpoint.remote", fault
     if checkpoint.failures_per_day is not None and checkpoint.every_seconds is not None:
         yield (
             "checkpoint.failures_per_day",

@@ -71,7 +71,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
         deadline = time.monotonic() + patience_seconds
         while True:
             try:
@@ -93,7 +93,8 @@ class RunFolder:
         )
         return handle
 
-    def _unwritable(self, error: OSError) -> ValueError:
+    def unwritable(self, error: OSError) -> ValueError:
+        """What a person is told."""
         reason = f"{error.strerror}: {error.filename}"
         return ValueError(f"run.dir {self.path} cannot be written: {reason}")
 

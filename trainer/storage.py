@@ -14,16 +14,25 @@ import fsspec
 MANIFEST = "manifest.json"
 
 
+def address_fault(address: str) -> str | None:
+    """Why an address cannot be used from here; None where it can."""
+    protocol = fsspec.core.split_protocol(address)[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        return f"{address} cannot be used: {error}"
+    return None
+
+
 class Mirror:
     """The checkpoints of one run at an fsspec address. What storage refuses is an OSError."""
 
     def __init__(self, address: str) -> None:
+        if fault := address_fault(address):  # a worker's machine may lack what another has
+            raise ValueError(f"checkpoint.remote: {fault}")
         self._address = address
         self._files: Any
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(address)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"checkpoint.remote {address} cannot be used: {error}") from None
+        self._files, self._root = fsspec.core.url_to_fs(address)
 
     def upload(self, folder: Path, names: list[str]) -> None:
         """Some files of a checkpoint, which does not count until `commit`."""

@@ -272,8 +272,7 @@ class _Run:
                 if stream.info.tokenizer != "bytes":
                     folder.tokenizer.write_bytes((stream.folder / TOKENIZER_NAME).read_bytes())
             except OSError as error:
-                reason = f"{error.strerror}: {error.filename}"
-                raise ValueError(f"run.dir {folder.path} cannot be written: {reason}") from None
+                raise folder.unwritable(error) from None
 
         def check() -> None:
             if not folder.path.is_dir():

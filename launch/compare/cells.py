@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch.compare.child import Call, Child, Failed
@@ -65,8 +66,11 @@ def cell_gang(config: Config) -> Iterator[CellGang]:
     import ray
 
     try:
-        nodes = find_room(config, print).nodes
-        with gang(config, _CellWorker, nodes, max_concurrency=2) as (workers, _):
+        # a comparison is of all its workers, or it compares nothing
+        whole = replace(config, launch=replace(config.launch, min_workers=None))
+        planned = find_room(whole, print, lambda: False)
+        assert planned
+        with gang(config, _CellWorker, planned.nodes, max_concurrency=2) as (workers, _):
             yield CellGang(workers, config)
     except ray.exceptions.RayError as error:
         raise LaunchError(f"a worker was lost ({type(error).__name__}): start again") from error

@@ -33,7 +33,7 @@ FAULTS = {
     "worker stopped": ("_Worker", signal.SIGSTOP),
     "machine lost (its raylet)": ("raylet/raylet", signal.SIGKILL),
     "Ray's control service killed": ("gcs_server", signal.SIGKILL),
-    "the command's driver killed": ("launch.driver", signal.SIGKILL),
+    "the process that speaks with Ray": ("launch.driver", signal.SIGKILL),
 }
 SILENCE = ["launch.silence_seconds=5", "parallel.timeout_seconds=20"]
 PAGE = """Each try is a fault at a random moment of a run of two workers; the time is from it to
@@ -139,11 +139,11 @@ def test_lost_again_and_again(config_file, stage):
     options = ["launch.workers=2", "parallel.sp=2", "evaluate.sequences=0", "checkpoint.every=5"]
     options += [f"train.steps={tries * 400}", f"deepspeed.zero_stage={stage}", *SILENCE]
     moments = random.Random(stage)
-    kinds = [name for name in FAULTS if name != "the command's driver killed"]
+    first, *others = FAULTS
     run = config_file.parent / "run"
     driver = _start(config_file, without_ray(), *options)
     for number in range(tries):
-        name = kinds[number % len(kinds)] if number % 2 else "worker killed"
+        name = others[number // 2 % len(others)] if number % 2 else first
         word, how = FAULTS[name]
         starts = len(read_lines(run / "starts.jsonl"))
         wait_for(lambda known=starts: len(read_lines(run / "starts.jsonl")) > 0)

@@ -68,11 +68,11 @@ def _end(*outcomes: Outcome) -> GangEnd:
 
 def test_the_first_cause_is_told_not_what_others_saw_of_it():
     cut = Outcome(0, "cut", "gloo: Connection closed by peer", "a", 40)
-    lost = Outcome(1, "lost", "its process was lost while computing after step 40", "b", 40)
+    lost = Outcome(1, "lost", "its process was lost while computing", "b", 40)
     crash = Outcome(2, "crash", "Traceback ... ZeroDivisionError", "c", 40)
-    assert _first_cause(_end(cut, lost)) == f"worker 1 on b: {lost.message}"
-    assert _first_cause(_end(cut, crash)) == f"worker 2 on c: {crash.message}"
-    assert _first_cause(_end(cut)) == f"worker 0 on a: {cut.message}"
+    assert _first_cause(_end(cut, lost)) == f"worker 1 on b after step 40: {lost.message}"
+    assert _first_cause(_end(cut, crash)) == f"worker 2 on c after step 40: {crash.message}"
+    assert _first_cause(_end(cut)) == f"worker 0 on a after step 40: {cut.message}"
     with pytest.raises(LaunchError, match=r"disk full \(worker 2\)"):
         _first_cause(_end(cut, lost, Outcome(2, "fault", "disk full")))
 
@@ -145,7 +145,7 @@ run_below(child)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["its own end", "its parent's"])
+@pytest.mark.parametrize("how", ["its own end", "its parent's", "a wish"])
 def test_nothing_below_a_reaper_outlives_it(how):
     """Not even what has left its process group and lost its parent."""
     seconds = "0.5" if how == "its own end" else "300"
@@ -163,6 +163,8 @@ def test_nothing_below_a_reaper_outlives_it(how):
     assert {"300", "301"} <= {process.cmdline()[-1] for process in below}
     if how == "its parent's":
         parent.kill()
+    if how == "a wish":
+        below[0].send_signal(signal.SIGHUP)
     _, left = psutil.wait_procs(below, timeout=5)
     assert not left
     parent.wait()

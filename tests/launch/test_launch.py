@@ -166,7 +166,7 @@ def test_lost_workers_are_named_and_replaced(config_file, head):
     for told in ("its process was lost", "did not answer for"):
         # a new checkpoint lies between the two, so each is the first
         again = r"starting all workers again from the last checkpoint \(1 of 3\)"
-        assert re.search(rf"warning: worker [01] on \S+: {told}.* after step \d+.*{again}", errors)
+        assert re.search(rf"warning: worker [01] on \S+ after step \d+: {told}.*{again}", errors)
     assert _losses(run) == _uninterrupted(config_file, options)
 
 

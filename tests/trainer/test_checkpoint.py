@@ -70,11 +70,9 @@ def test_what_is_lost_here_is_fetched_from_the_second_place(config_file, tmp_pat
     assert figures(first) + figures(second) == figures(straight)
 
 
-def test_a_second_place_that_fails_is_told_and_the_first_stands(config_file, tmp_path, monkeypatch):
+def test_a_second_place_that_fails_is_told_and_the_first_stands(config_file, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    events = run(config_file, 2, *BASE, "train.stop_after=2", f"run.dir={tmp_path / 'a'}")
-    assert started_at(events) == 0
     with pytest.raises(AssertionError, match=r"is in .*step-000002 alone: checkpoint.remote"):
         run(config_file, 2, *BASE, f"checkpoint.remote=file://{blocked}", "train.stop_after=2")
     assert (config_file.parent / "run" / "checkpoints" / "step-000002").is_dir()

@@ -120,3 +120,14 @@ def test_shipped_configurations_are_valid(dataset, tmp_path):
             load_config(
                 path, [*changes, f"run.dir={tmp_path / path.stem}"]
             )  # not a run of the user's
+
+
+def test_faults_of_recovery_are_told_before_any_worker_starts(config_file):
+    options = ["launch.workers=2", "launch.min_workers=3", "checkpoint.remote=nowhere://bucket/run"]
+    options += ["checkpoint.every_seconds=60", "checkpoint.failures_per_day=2"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, options)
+    said = str(caught.value)
+    assert "launch.min_workers: 3 is above launch.workers 2" in said
+    assert "checkpoint.remote: nowhere://bucket/run cannot be used: Protocol not known" in said
+    assert "checkpoint.failures_per_day: it chooses checkpoint.every_seconds" in said
