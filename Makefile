@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall test-faults bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall test-faults test-containers bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -46,6 +46,11 @@ recall: setup
 # Workers, machines and Ray itself lost at random moments: about twenty minutes.
 test-faults: setup
 	$(RUN) -m pytest -m soak tests/launch/test_faults.py
+
+# A Ray cluster of two containers, with Docker or podman: the image is built first (docker/README.md).
+test-containers: setup
+	$(RUN) -m pip install --quiet podman-compose==1.6.0
+	$(RUN) -m pytest -m soak -s tests/launch/test_containers.py
 
 # The figures of tests/benchmarks/results, measured again: about eight quiet minutes on two cores.
 bench: setup

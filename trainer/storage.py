@@ -53,6 +53,15 @@ class Mirror:
                 self._try(self._files.rm_file, self._path(name, MANIFEST))
             self._try(self._files.rm, self._path(name), recursive=True)
 
+    def try_out(self, name: str) -> None:
+        """Write a small object, read it and remove it again; OSError where any of it fails."""
+        path = self._path(name)
+        self._try(self._files.makedirs, self._root, exist_ok=True)
+        self._try(self._files.pipe_file, path, b"longhaul")
+        if self._try(self._files.cat_file, path) != b"longhaul":
+            raise OSError(f"checkpoint.remote {self._address}: {name} does not read as written")
+        self._try(self._files.rm_file, path)
+
     def saved(self) -> list[str]:
         """Names of the checkpoints that are complete, newest first."""
         self._files.invalidate_cache()

@@ -1,0 +1,102 @@
+"""What a person is told of a cluster before a long run."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launch.doctor import same
+from tests.distributed import run_distributed
+from tests.launch.conftest import ROOT, Head, without_ray
+from trainer import probe
+from trainer.config import Config
+
+DOCTOR = [sys.executable, "-m", "launch", "doctor"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_every_pair_meets_once_and_none_is_in_two_at_a_time(n):
+    rounds = probe.rounds(n)
+    assert len(rounds) <= n
+    assert sorted(pair for pairs in rounds for pair in pairs) == [
+        (a, b) for a in range(n) for b in range(a + 1, n)
+    ]
+    for pairs in rounds:
+        ranks = [rank for pair in pairs for rank in pair]
+        assert len(ranks) == len(set(ranks))
+
+
+def _measure() -> tuple[list[probe.Link], probe.Collectives]:
+    return probe.measure(Config())
+
+
+def test_every_pair_and_all_together_are_measured():
+    for links, together in run_distributed(_measure, 3):
+        assert sorted(link.ranks for link in links) == [(0, 1), (0, 2), (1, 2)]
+        assert all(0 < link.latency_seconds < 1 for link in links)
+        assert all(link.bytes_per_second > 1e6 for link in links)
+        assert together.gather_seconds > 0
+        assert together.reduce_bytes_per_second > 1e6
+
+
+def test_what_another_machine_wrote_is_seen_whole_or_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "SEEN_SECONDS", 0.3)
+    monkeypatch.setattr(probe, "MARK_BYTES", 1 << 20)
+    assert probe.leave_mark(str(tmp_path / "run"), "0.mark") > 0
+    (tmp_path / "run/1.mark").write_bytes(b"not all of it")
+    missing = probe.missing_marks(str(tmp_path / "run"), ["0.mark", "1.mark", "2.mark"])
+    assert missing == ["1.mark", "2.mark"]
+
+
+def test_a_closed_port_is_told():
+    door = probe.Door("127.0.0.1")
+    assert probe.unreachable([door.address]) == {}
+    door._socket.close()
+    faults = probe.unreachable([door.address])
+    assert re.search(f"port {door.address[1]}: .*refused", faults[0])
+
+
+def test_storage_that_does_not_keep_what_it_is_given_is_told(tmp_path):
+    assert probe.remote_seconds(f"file://{tmp_path}/kept", "doctor") < 1
+    assert not list((tmp_path / "kept").iterdir())
+    if os.geteuid():  # root may write anywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(OSError, match=r"checkpoint\.remote"):
+            probe.remote_seconds(f"file://{tmp_path}/other", "doctor")
+
+
+def test_a_machine_that_differs_is_named():
+    assert same("software", {"a": "torch 2", "b": "torch 2"}).level == "ok"
+    finding = same("software", {"a": "torch 2", "b": "torch 1", "c": "torch 2"})
+    assert finding.level == "fault"
+    assert "b has torch 1; 2 of 3 have torch 2" in finding.said
+
+
+@pytest.mark.slow
+def test_a_cluster_is_examined(head: Head, config_file):
+    """All is well; and a run for which there is no room is told at once."""
+
+    def doctor(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*DOCTOR, str(config_file), "launch.workers=2", "parallel.sp=2", *options],
+            cwd=ROOT,
+            env=without_ray(**head.joined),
+            capture_output=True,
+            text=True,
+        )
+
+    fit = doctor(f"checkpoint.remote=file://{config_file.parent}/remote")
+    assert fit.returncode == 0, fit.stdout + fit.stderr
+    subjects = [line.split()[1].rstrip(":") for line in fit.stdout.splitlines()[:-1]]
+    assert subjects == [
+        *("cluster", "machine", "software", "clocks", "ports", "run.dir", "data.path"),
+        *("checkpoint.remote", "network", "trial", "checkpoints"),
+    ]
+    assert fit.stdout.splitlines()[-1] == "fit for this run"
+    assert not list(config_file.parent.glob("run*"))
+
+    large = doctor("launch.workers=64", "train.batch_size=64")
+    assert large.returncode == 1
+    assert "not fit for this run: cluster" in large.stdout
