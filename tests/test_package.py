@@ -57,3 +57,12 @@ def test_installed_it_scans_trains_and_has_a_command(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
+
+
+def test_what_a_job_uploads_is_small():
+    """Ray refuses 500 MB: code and results go, whatever is installed, prepared or trained stays."""
+    ignored = [set((ROOT / name).read_text().split()) for name in (".gitignore", ".rayignore")]
+    assert ignored[0] - {"*.pyc"} <= ignored[1]
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = tracked.stdout.split("\0")[:-1]
+    assert 0 < sum((ROOT / name).stat().st_size for name in names) < 20e6

@@ -12,6 +12,7 @@ dp and sp.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -76,6 +77,8 @@ class TokenStream:
     def __init__(self, config: DataConfig, split: str) -> None:
         # file:// is a folder to fetch from too: storage that is slower than the machine's own disk
         remote = config.path.removeprefix("file://") if "://" in config.path else None
+        if "AWS_ENDPOINT_URL" in os.environ:  # botocore's name; Streaming has its own
+            os.environ.setdefault("S3_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
         self.folder = Path(config.cache or "") if remote else Path(config.path)
         self.info = _fetch_info(remote, self.folder) if remote else load_info(self.folder)
         self.split = self.info.splits[split]

@@ -115,6 +115,13 @@ class RunFolder:
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Why nothing could be written here."""
+        if ":/" in str(self.path):  # what a Path makes of ://
+            yield (
+                "run.dir",
+                f"{self.path} is an address: a run writes into a folder, and keeps its checkpoints "
+                f"at an address too where checkpoint.remote names one",
+            )
+            return
         existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
         if not existing.is_dir():
             yield "run.dir", f"{self.path} cannot be made: {existing} is not a folder"

@@ -42,7 +42,18 @@ class Mirror:
             self._try(self._files.put_file, str(folder / name), target)
 
     def commit(self, folder: Path, keep: int) -> None:
-        """The checkpoint is complete; all but the newest `keep` are dropped, manifests first."""
+        """The checkpoint is complete; all but the newest `keep` are dropped, manifests first.
+
+        Unless storage has lost what it was given: a store that is started again may have.
+        """
+        found = self._sizes(folder.name)
+        for path in (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+            name = path.relative_to(folder).as_posix()
+            if found.get(name) != path.stat().st_size:
+                raise OSError(
+                    f"checkpoint.remote {self._address}: {folder.name}/{name} has "
+                    f"{found.get(name, 0)} of {path.stat().st_size} bytes"
+                )
         self.upload(folder, [MANIFEST])
         kept = self.saved()[:keep]
         for path in self._try(self._files.glob, self._path("step-*")):  # unfinished ones too
@@ -71,9 +82,16 @@ class Mirror:
 
     def files(self, name: str) -> list[str]:
         """Of a checkpoint, by their names in it."""
+        return sorted(self._sizes(name))
+
+    def _sizes(self, name: str) -> dict[str, int]:
+        self._files.invalidate_cache()
         root = self._path(name)
-        found = self._try(self._files.find, root)
-        return sorted(posixpath.relpath(self._files._strip_protocol(path), root) for path in found)
+        found = self._try(self._files.find, root, detail=True)
+        return {
+            posixpath.relpath(self._files._strip_protocol(path), root): entry["size"]
+            for path, entry in found.items()
+        }
 
     def download(self, name: str, files: list[str], folder: Path) -> None:
         """Some files of a checkpoint into a local folder."""
@@ -89,6 +107,7 @@ class Mirror:
             try:
                 return call(*args, **options)
             except Exception as error:  # each store's client has errors of its own
-                if not pause_seconds:
+                final = isinstance(error, FileNotFoundError | PermissionError)
+                if final or not pause_seconds:
                     raise OSError(f"checkpoint.remote {self._address}: {error}") from error
             time.sleep(pause_seconds)

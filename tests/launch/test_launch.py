@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launch.__main__ import main
-from tests.launch.conftest import ROOT, Head, wait_for, without_ray
+from tests.launch.conftest import RAY, ROOT, Head, wait_for, without_ray
 from tests.test_readme import job_command
 from tests.trainer.runs import figures
 from tests.trainer.runs import run as run_ranks
@@ -189,6 +189,23 @@ def test_job_submitted_from_outside(head: Head, config_file, dataset):
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(_steps(run)) == 5
     assert json.loads((run / "evaluation.json").read_text())["step"] == 5
+    token = head.environment["RAY_AUTH_TOKEN"]
+    assert token not in done.stdout + done.stderr
+    for written_file in (p for p in run.rglob("*") if p.is_file()):
+        assert token.encode() not in written_file.read_bytes(), written_file
+
+
+def test_a_job_without_the_token_is_refused(head: Head):
+    for wrong in ("not the token", ""):
+        job = [RAY, "job", "submit", "--", "true"]
+        refused = subprocess.run(
+            job,
+            env={**head.environment, "RAY_AUTH_TOKEN": wrong},
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode != 0
+        assert "authentication" in (refused.stdout + refused.stderr).lower()
 
 
 def test_a_relative_run_folder_is_refused_on_a_cluster(config_file, launch):

@@ -76,6 +76,7 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("optim.beta2=1.0", "1.0 is not below 1"),
         ("model=3", "this is a section"),
         ("data.path=s3://bucket/x", "needs a local folder here"),
+        ("run.dir=s3://bucket/x", "is an address: a run writes into a folder"),
         ("model.conv_width=1", "is not 0 (off) or at least 2"),
         ("model.mixer=[[mingru,window],attention]", "['mingru', 'window'] is not one of"),
     ],

@@ -1,0 +1,186 @@
+"""Object storage: checkpoints kept there, data read from there, and a store that fails."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.distributed import free_port, run_distributed
+from tests.trainer.runs import figures, run, started_at, train_here, warnings
+from trainer.events import Event
+from trainer.run_folder import RunFolder
+from trainer.storage import MANIFEST, Mirror
+
+
+class Store:
+    """An S3 server of our own, on loopback. It keeps all in memory: killed, it forgets."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                bucket = f"http://127.0.0.1:{self.port}/bucket"
+                make = urllib.request.Request(bucket, method="PUT", data=b"")
+                urllib.request.urlopen(make, timeout=5).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    @staticmethod
+    def environment(port: int) -> dict[str, str]:
+        """What clients read."""
+        address = f"http://127.0.0.1:{port}"
+        return {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    store = Store(free_port())
+    for name, value in Store.environment(store.port).items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # one of another store's address
+    try:
+        yield store
+    finally:
+        store.stop()
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:06d}"
+    (path / "deepspeed").mkdir(parents=True)
+    (path / "deepspeed" / "state.pt").write_bytes(os.urandom(1000 + step))
+    (path / "model.safetensors").write_bytes(os.urandom(500))
+    (path / MANIFEST).write_text("{}")
+    return path
+
+
+NAMES = ["deepspeed/state.pt", "model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_counts_at_an_address_when_all_of_it_is_there(store, tmp_path):
+    mirror = Mirror("s3://bucket/runs/a")
+    assert mirror.saved() == []
+    folders = [_checkpoint(tmp_path, step) for step in (2, 10, 30)]
+    for folder in folders:
+        mirror.upload(folder, NAMES)
+        mirror.commit(folder, keep=2)
+    assert mirror.saved() == ["step-000030", "step-000010"]
+    assert mirror.files("step-000030") == [*NAMES[:1], MANIFEST, *NAMES[1:]]
+    mirror.download("step-000030", NAMES, tmp_path / "back")
+    for name in NAMES:
+        assert (tmp_path / "back" / name).read_bytes() == (folders[2] / name).read_bytes()
+
+    half = _checkpoint(tmp_path, 40)
+    mirror.upload(half, NAMES[:1])
+    with pytest.raises(OSError, match=r"step-000040/model.safetensors has 0 of 500 bytes"):
+        mirror.commit(half, keep=2)
+    assert mirror.saved() == ["step-000030", "step-000010"]
+
+
+def _train(config_file: Path, overrides: list[str], port: int, fault: tuple[str, int]) -> list:
+    """In this rank, with the store at `port`, which fails amid the save of step 4 by `fault`.
+
+    It is slow for a while, or it is killed, forgets, and is started again by rank 0.
+    """
+    upload, again = Mirror.upload, []
+
+    def failing(self: Mirror, folder: Path, names: list[str]) -> None:
+        (how, pid), (first, *others) = fault, names
+        if folder.name != "step-000004" or os.environ["RANK"] != "0" or not others or not how:
+            return upload(self, folder, names)
+        upload(self, folder, [first])
+        if how == "slow":
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(4, lambda: os.kill(pid, signal.SIGCONT)).start()
+        else:
+            os.kill(pid, signal.SIGKILL)
+            threading.Timer(2, lambda: again.append(Store(port))).start()
+        upload(self, folder, others)
+
+    os.environ.update(Store.environment(port))
+    Mirror.upload = failing
+    events = train_here(config_file, overrides)
+    if again:  # what it keeps at the end
+        kept, mirror = RunFolder(config_file.parent / "kept"), Mirror("s3://bucket/run")
+        kept.checkpoints.mkdir(parents=True)
+        for name in mirror.saved():
+            mirror.download(name, mirror.files(name), kept.checkpoints / name)
+        again[0].stop()
+    return events
+
+
+def _run(
+    config_file: Path, store: Store, ranks: int, *options: str, fault: str = ""
+) -> list[Event]:
+    arguments = config_file, list(options), store.port, (fault, store.process.pid)
+    return run_distributed(_train, ranks, *arguments, fresh=True)[0]
+
+
+SAVED = [
+    *("parallel.sp=2", "train.steps=6", "checkpoint.every=2", "evaluate.sequences=0"),
+    *("deepspeed.zero_stage=1", "checkpoint.remote=s3://bucket/run"),
+]
+
+
+@pytest.mark.slow
+def test_a_store_that_is_slow_amid_a_save_costs_nothing(store, config_file, tmp_path):
+    """And what is lost here is had from it."""
+    elsewhere = ["checkpoint.remote=null", f"run.dir={tmp_path / 'other'}"]
+    straight = run(config_file, 2, *SAVED, *elsewhere)
+    first = _run(config_file, store, 2, *SAVED, "train.stop_after=4", fault="slow")
+    assert not warnings(first)
+    assert Mirror("s3://bucket/run").saved() == ["step-000004", "step-000002"]
+    shutil.rmtree(RunFolder(config_file.parent / "run").checkpoints)
+    second = _run(config_file, store, 2, *SAVED)
+    assert started_at(second) == 4
+    assert figures(first) + figures(second) == figures(straight)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_killed_amid_a_save_and_forgets_it_costs_that_save(store, config_file):
+    """Half a checkpoint never counts, the folder here has all, the next save is whole again."""
+    (warning,) = warnings(_run(config_file, store, 2, *SAVED, fault="killed"))
+    assert "the checkpoint of step 4 is in " in warning
+    assert "alone: checkpoint.remote s3://bucket/run: step-000004/" in warning
+    here = RunFolder(config_file.parent / "run")
+    assert [path.name for path in here.saved()] == ["step-000006", "step-000004"]
+    kept = RunFolder(config_file.parent / "kept")
+    assert [path.name for path in kept.saved()] == ["step-000006"]
+    for path in here.checkpoint(6).rglob("*.*"):
+        twin = kept.checkpoint(6) / path.relative_to(here.checkpoint(6))
+        assert path.read_bytes() == twin.read_bytes()
+
+
+@pytest.mark.slow
+def test_data_at_an_address_trains_as_data_here_does(store, config_file, dataset, tmp_path):
+    fsspec.filesystem("s3").put(str(dataset), "bucket/data", recursive=True)
+    options = ["train.steps=2", "evaluate.sequences=2"]
+    address = ["data.path=s3://bucket/data", f"data.cache={tmp_path / 'cache'}"]
+    there = _run(config_file, store, 1, *options, *address, f"run.dir={tmp_path / 'other'}")
+    assert len(figures(there)) == 2
+    assert figures(there) == figures(run(config_file, 1, *options))
