@@ -43,7 +43,7 @@ recall: setup
 		--distances 8,32,128,250 --train 100000
 	$(RUN) -m launch compare configs/compare_recall.yaml
 
-# Workers, machines and Ray itself lost at random moments: about twenty minutes.
+# Workers, machines and Ray itself lost at random moments: about half an hour.
 test-faults: setup
 	$(RUN) -m pytest -m soak tests/launch/test_faults.py
 

@@ -92,6 +92,9 @@ print("cluster", cluster.address, flush=True)
 for line in sys.stdin:
     if line == "add\\n":
         added.append(cluster.add_node(**size))
+    elif line == "name\\n":
+        print("named", added[-1].node_id, flush=True)
+        continue
     else:
         cluster.remove_node(added.pop(), allow_graceful=False)
     print("done", flush=True)
@@ -115,10 +118,22 @@ for line in sys.stdin:
 
     def ask(self, word: str) -> None:
         """`add` a machine, or `kill` the last that was added."""
+        self._write(word)
+        self._answer("done")
+
+    def _write(self, word: str) -> None:
         assert self._server.stdin
         self._server.stdin.write(f"{word}\n")
         self._server.stdin.flush()
-        self._answer("done")
+
+    def drain(self) -> None:
+        """Tell the cluster that the last machine that was added is to be taken away."""
+        self._write("name")
+        node = self._answer("named").split()[1]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        deadline = ["--deadline-remaining-seconds", "600"]
+        command = [RAY, "drain-node", "--node-id", node, *reason, *deadline]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
     def _answer(self, word: str) -> str:
         assert self._server.stdout

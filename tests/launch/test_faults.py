@@ -240,3 +240,35 @@ def test_a_machine_is_lost_and_comes_back(tmp_path, config_file, stage):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)  # 1e-7 a step adds up
     ours, theirs = (read_lines(folder / "sequences.jsonl") for folder in (run, tmp_path / "alone"))
     assert ours == theirs
+
+
+@pytest.mark.soak
+def test_a_drained_machine_is_left_and_a_time_limit_kept(config_file):
+    """Both after a checkpoint of the last step: no step is lost. The limit exits with 75."""
+    machines = Machines()
+    run = config_file.parent / "run"
+    try:
+        machines.ask("add")
+        options = ["launch.workers=2", "launch.min_workers=1", "parallel.sp=2"]
+        options += ["evaluate.sequences=0", "launch.wait_seconds=3", "train.steps=1000000"]
+        driver = _start(config_file, machines.environment, *options, "run.max_seconds=60")
+        began = time.monotonic()
+        wait_for(lambda: len(_steps(run)) > 50)
+        asked = time.monotonic()
+        machines.drain()
+        wait_for(lambda: len(read_lines(run / "starts.jsonl")) == 2, 120)
+        ROWS.setdefault(("a machine drained, one worker goes on", "ZeRO 0"), []).append(
+            time.monotonic() - asked
+        )
+        second = read_lines(run / "starts.jsonl")[1]
+        assert (second["workers"], second["lost_steps"]) == (1, 0)
+        output, _ = driver.communicate(timeout=90)
+        assert time.monotonic() - began < 75
+    finally:
+        machines.stop()
+    assert driver.returncode == PREEMPTED, output
+    assert "is to be taken away: going on from the checkpoint just written" in output
+    assert "run.max_seconds have passed" in output
+    steps = _steps(run)
+    assert steps == list(range(1, len(steps) + 1))
+    assert RunFolder(run).saved()[0] == RunFolder(run).checkpoint(steps[-1])
