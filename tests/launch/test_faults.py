@@ -46,6 +46,7 @@ ROWS: dict[tuple[str, str], list[float]] = {}  # (fault, kind of run): recovery 
 
 @pytest.fixture(scope="module", autouse=True)
 def _page(request: pytest.FixtureRequest) -> Iterator[None]:
+    circumstances = results.circumstances()  # the tree as it was
     yield
     if not ROWS or request.session.testsfailed:
         return
@@ -62,7 +63,7 @@ def _page(request: pytest.FixtureRequest) -> Iterator[None]:
     ]
     results.write_csv("faults", rows)
     command = "- command: `make test-faults`"
-    said = [command, *results.circumstances().splitlines()[1:]]
+    said = [command, *circumstances.splitlines()[1:]]
     results.result_path("faults", ".md").write_text(
         "\n".join(["# Faults, and the way back", "", *said, "", PAGE, "", results.table(rows)])
     )
