@@ -58,6 +58,7 @@ bench: setup
 	$(RUN) -m tests.benchmarks.bench_scan
 	$(RUN) -m tests.benchmarks.bench_exchange
 	$(RUN) -m tests.benchmarks.bench_llama
+	$(RUN) -m tests.benchmarks.bench_prep
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m tests.benchmarks.bench_step
 

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.sources import FORMATS, Selection
 from data_prep.write import Settings, prepare
 
 
@@ -30,32 +31,81 @@ def _prepare(argv: list[str]) -> int:
         description="Write text as MDS shard files of token blocks. Run again after an "
         "interruption, it goes on. `python -m data_prep verify DIR` checks a finished folder.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a text file, .jsonl, .parquet, a folder of them, or `stdlib` (Python's own)",
+        help="files, folders or addresses (s3://...) of them: text, .jsonl, .json, .csv, .tsv, "
+        ".parquet, packed (.gz, .bz2, .xz, .zst) or not; or `stdlib`, Python's own library",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--tokenizer", default=defaults.tokenizer, help="`bytes`, or a tokenizers JSON file"
+    add("--out", required=True, type=Path, metavar="DIR")
+    add(
+        "--tokenizer",
+        default=defaults.tokenizer,
+        help="`bytes`, a Hugging Face tokenizers JSON file, or the folder it lies in",
     )
-    parser.add_argument("--field", default=defaults.field, help="field of .jsonl and .parquet")
-    parser.add_argument(
+    add("--field", default="text", help="of records: the text's; within others, a.b")
+    add("--format", choices=list(FORMATS), default="", help="of all files, whatever their names")
+    add("--include", action="append", default=[], metavar="PATTERN", help="of file names")
+    add("--exclude", action="append", default=[], metavar="PATTERN")
+    add(
         "--held-out",
         type=float,
-        default=defaults.held_out,
-        help="share of the documents kept for evaluation (default %(default)s)",
+        default=None,
+        help=f"share of the tokens kept for evaluation (default {defaults.held_out})",
     )
-    parser.add_argument("--block-size", type=int, default=defaults.block_size, help="tokens")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    add(
+        "--held-out-from",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="what is kept for evaluation, instead of a share",
+    )
+    add("--block-size", type=int, default=defaults.block_size, help="tokens")
+    add(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="put after every document: a token's name, or `new` for one of its own",
+    )
+    add(
+        "--skip-faulty",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N records that are no text, and list them",
+    )
+    add(
+        "--allow-changes",
+        action="store_true",
+        help="take a tokenizer whose tokens do not decode to the text they are of",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
-    settings = Settings(args.tokenizer, args.field, args.held_out, args.block_size)
-    info = prepare(args.sources, args.out, settings, max(1, args.workers))
+    if args.held_out is not None and args.held_out_from:
+        raise ValueError("--held-out and --held-out-from exclude each other: give one")
+    selection = Selection(
+        sources=tuple(args.sources),
+        held_out_from=tuple(args.held_out_from),
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        kind=args.format,
+        field=args.field,
+    )
+    settings = Settings(
+        tokenizer=args.tokenizer,
+        held_out=defaults.held_out if args.held_out is None else args.held_out,
+        block_size=args.block_size,
+        end_of_document=args.end_of_document,
+        skip_faulty=args.skip_faulty,
+        allow_changes=args.allow_changes,
+    )
+    info = prepare(selection, args.out.expanduser(), settings, max(1, args.workers))
+    total = sum(split.tokens for split in info.splits.values())
     for name, split in info.splits.items():
         print(
-            f"{args.out}/{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
-            f"{split.blocks:,} blocks of {info.block_size:,}"
+            f"{args.out}/{name}: {split.documents:,} documents, {split.tokens:,} tokens "
+            f"({split.tokens / total:.1%}), {split.blocks:,} blocks of {info.block_size:,}"
         )
     return 0
 

@@ -45,6 +45,8 @@ class Progress:
             f"{event.scan} scan" + (f"; resuming at step {event.step}" if event.step else ""),
             flush=True,
         )
+        for change in event.changed:
+            print(f"changed since the last start: {change}", flush=True)
         self._bar = tqdm(
             total=event.steps,
             initial=event.step,

@@ -168,11 +168,12 @@ def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:
     from trainer.data import TokenStream
     from trainer.generate import Sampling, generate, load_run
 
-    model, tokenizer, _ = load_run(folder.path, torch.device("cpu"))
+    trained = load_run(folder.path, torch.device("cpu"))
     stream = TokenStream(config.data, "held_out" if config.evaluate.sequences else "train")
     prompt = stream.read(0, min(PROMPT_TOKENS, stream.token_count))[0].tolist()
-    tokens = generate(model, prompt, SAMPLE_TOKENS, Sampling(temperature=0.8, top_k=40))
-    return tokenizer.decode(prompt), tokenizer.decode(list(tokens))
+    sampling = Sampling(temperature=0.8, top_k=40, known=trained.known)
+    tokens = list(generate(trained.model, prompt, SAMPLE_TOKENS, sampling))
+    return trained.tokenizer.decode(prompt), trained.tokenizer.decode(tokens)
 
 
 def _plot(run: _Record) -> None:

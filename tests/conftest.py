@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.sources import Selection
 from data_prep.write import Settings, prepare
 
 
@@ -34,7 +35,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for begin in range(0, len(words), 333):
             f.write(json.dumps({"text": " ".join(words[begin : begin + 333]) + "\n"}) + "\n")
     settings = Settings(held_out=0.2, block_size=128, shard_bytes=1 << 14)
-    prepare([str(folder / "text.jsonl")], folder / "set", settings, workers=1, progress=False)
+    selection = Selection((str(folder / "text.jsonl"),))
+    prepare(selection, folder / "set", settings, workers=1, tell=None)
     return folder / "set"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Peers, Topology
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.storage import MANIFEST, Mirror
 
 WEIGHTS = "model.safetensors"
@@ -95,9 +95,15 @@ class Saver:
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         write_whole(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        _record(self._run, partial, manifest.step)
         _replace(partial, final)
         for old in self._run.saved()[self._keep :]:
             shutil.rmtree(old)
+
+
+def _record(run: RunFolder, folder: Path, step: int) -> None:
+    """Keep the digest of a manifest apart from it: what lies there is what was written."""
+    add_line(run.manifests, {"step": step, "sha256": file_sha256(folder / MANIFEST)})
 
 
 def _replace(partial: Path, final: Path) -> None:
@@ -147,7 +153,30 @@ def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
     files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
     mine = files[topology.rank :: topology.world_size]
     topology.together(lambda: mirror.download(name, mine, partial))
+    topology.on_first(lambda: _record(run, partial, int(name.removeprefix("step-"))))
     topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
+
+
+def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:
+    """Put aside what was saved after `step`, but for what was saved since the run was submitted.
+
+    The folders that had other names before. Raises ValueError where there is none of that step.
+    """
+    here, left = run.saved(), []
+    if not run.checkpoint(step).is_dir():
+        names = ", ".join(path.name for path in here) or "none"
+        raise ValueError(
+            f"checkpoint.resume_step {step}: {run.checkpoints} has no checkpoint of that step "
+            f"(it has {names})"
+        )
+    for path in here:
+        later = int(path.name.removeprefix("step-")) > step
+        if later and (path / MANIFEST).stat().st_mtime < submitted:
+            aside = path.with_suffix(".left")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            left.append(path)
+    return left
 
 
 def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Saved | None:
@@ -164,6 +193,7 @@ def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Sav
     for candidate in map(Path, candidates):
         manifest, faults = _read_manifest(candidate)
         if manifest:
+            faults = _foreign(run, candidate, manifest)
             names = list(manifest.files)[topology.rank :: topology.world_size]
             faults = faults + damage(candidate, manifest, names)
         faults = [fault for share in topology.gather_objects(faults) for fault in share]
@@ -180,6 +210,18 @@ def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Sav
             f"another run.dir to start again"
         )
     return None
+
+
+def _foreign(run: RunFolder, folder: Path, manifest: Manifest) -> list[str]:
+    """What of a checkpoint this run has not written: DeepSpeed's files are pickles, which run."""
+    listed = {*manifest.files, MANIFEST}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    faults = [f"{folder / name} is not in its manifest" for name in sorted(there - listed)]
+    if run.manifests.exists():  # else the run is of an older version
+        known = [line["sha256"] for line in read_lines(run.manifests)]
+        if file_sha256(folder / MANIFEST) not in known:
+            faults.append(f"{folder / MANIFEST} is not one that this run has written")
+    return faults
 
 
 def find_weights(run: RunFolder) -> tuple[Path, Manifest]:

@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
-from trainer.settings import Fault, field_faults
+from trainer.run_folder import RunFolder
+from trainer.settings import Fault, field_faults, get, leaves_of
 from trainer.storage import address_fault
 
 if TYPE_CHECKING:
     from trainer.config import Config
+
+# What a run may not change between two starts: the numbers would no longer be one run's.
+FIXED_KEYS = (
+    "model",
+    "run.seed",
+    "data.reset_state",
+    "data.shift",
+    "deepspeed.zero_stage",
+    "train.dtype",
+    "train.seq_len",
+)
 
 
 def value_faults(config: Config) -> Iterator[Fault]:
@@ -92,7 +104,7 @@ def data_faults(config: Config) -> Iterator[Fault]:
         yield "data.path", str(error)
         return
     for split in SPLITS:
-        for fault in file_faults(data.path, split):
+        for fault in file_faults(data.path, split, info):
             yield "data.path", fault
     yield from info_faults(config, info)
 
@@ -135,4 +147,30 @@ def info_faults(config: Config, info: DatasetInfo) -> Iterator[Fault]:
             f"the held-out split of {data.path} has {info.splits['held_out'].tokens} tokens, one "
             f"sequence needs {needed}: use 0 for no evaluation, or prepare the data with a larger "
             f"--held-out",
+        )
+
+
+def resume_faults(folder: RunFolder, before: Config, now: Config) -> Iterator[Fault]:
+    """(key, what is wrong) where `now` cannot go on with the run that `before` configured."""
+    for name, _ in leaves_of(type(now)):
+        fixed = name in FIXED_KEYS or name.partition(".")[0] in FIXED_KEYS
+        if fixed and get(before, name) != get(now, name):
+            yield (
+                name,
+                f"{get(now, name)!r} differs from {get(before, name)!r} of the run in "
+                f"{folder.path}, which would resume: keep it, or choose another run.dir",
+            )
+    manifest = folder.newest_manifest() if now.checkpoint.resume_step is None else None
+    if manifest and manifest["step"] > now.train.steps:
+        yield (
+            "train.steps",
+            f"{now.train.steps} is below step {manifest['step']}, which the run in {folder.path} "
+            f"has reached: raise it, or choose another run.dir",
+        )
+    data = data_fingerprint(now)
+    if manifest and data and data != manifest["data_fingerprint"]:
+        yield (
+            "data.path",
+            f"{now.data.path} is not the data that the run in {folder.path} was trained on: its "
+            f"order would be another; give back the same data, or choose another run.dir",
         )

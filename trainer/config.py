@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import write_whole
 from models.config import ModelConfig
-from trainer.checks import data_faults, value_faults
+from trainer.checks import data_faults, resume_faults, value_faults
 from trainer.layout import Layout
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, merge, not_negative, one_of, positive
@@ -81,6 +81,8 @@ class CheckpointConfig:
     every_seconds: float | None = positive(None)
     # lost workers per day, of all together: every_seconds is then chosen (trainer/goodput.py)
     failures_per_day: float | None = positive(None)
+    # go back to the checkpoint of this step, and put later ones aside
+    resume_step: int | None = positive(None)
     keep: int = positive(2)  # newest checkpoints that stay on disk
     # a save that fails (a full disk): tell, and try again at the next one; or stop
     on_failure: str = one_of("warn", "warn", "stop")
@@ -162,7 +164,7 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     folder = RunFolder(config.run.dir)
     faults = [*value_faults(config), *data_faults(config), *folder.faults()]
     if folder.resumes():
-        faults += folder.resume_faults(load_dumped(folder.config), config)
+        faults += resume_faults(folder, load_dumped(folder.config), config)
     messages += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in faults]
     if messages:
         raise ConfigError(str(path), messages)

@@ -1,52 +1,32 @@
-"""The door to Streaming: sequences of any length from blocks, a rank reading its own shard only.
+"""Sequences of any length from blocks, a rank reading its own shard only.
 
 A split is one stream of tokens in fixed blocks (data_prep.schema). A sequence of length L that
 begins at token i is tokens [i, i + L], one more than L for the last label; rank s of S reads tokens
 [i + s * T, i + (s + 1) * T], T = L / S, and the blocks these lie in, no others.
 
-Streaming's readers give random access to blocks and its Stream fetches the files of a URL, but
-its StreamingDataset is not used: that one deals out whole samples, in an order that depends on the
-number of workers, and leaves shared memory behind when a worker is killed. Here the order depends
-on seed and epoch alone, so a position in it, (epoch, sequences consumed), survives any change of
-dp and sp.
+Streaming has a StreamingDataset, not used here: it deals out whole samples, in an order that
+depends on the number of workers, and leaves shared memory behind when a worker is killed. Here the
+order depends on seed and epoch alone, so a position in it, (epoch, sequences consumed), survives
+any change of dp and sp.
 """
 
-import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
-from streaming.base.spanner import Spanner
-from streaming.base.storage.download import CloudDownloader
-from streaming.base.stream import Stream
-from streaming.base.world import World
 from torch import Tensor
 
-from data_prep.schema import (
-    INFO_NAME,
-    TOKENIZER_NAME,
-    DatasetInfo,
-    block_checksum,
-    file_faults,
-    load_info,
-)
+from data_prep.blocks import Blocks
+from data_prep.tokenizer import folder_tokenizer
 from trainer.checks import info_faults
 from trainer.config import Config, DataConfig
 from trainer.layout import Layout
 
 IGNORED = -100  # a label that no loss counts; torch's own choice
-
-
-class DataError(ValueError):
-    """An MDS shard file is missing, damaged or not what its index says; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +52,22 @@ class StepBatch:
 
 
 class TokenStream:
-    """Random access to the tokens of one split. `bytes_read` counts what was read of its blocks."""
+    """Random access to the tokens of one split."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        # file:// is a folder to fetch from too: storage that is slower than the machine's own disk
-        remote = config.path.removeprefix("file://") if "://" in config.path else None
-        if "AWS_ENDPOINT_URL" in os.environ:  # botocore's name; Streaming has its own
-            os.environ.setdefault("S3_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
-        self.folder = Path(config.cache or "") if remote else Path(config.path)
-        self.info = _fetch_info(remote, self.folder) if remote else load_info(self.folder)
+        """Raises DataError, or ValueError, where the data are not there or not as written."""
+        self.blocks = Blocks(config.path, split, config.cache)
+        self.folder, self.info = self.blocks.folder, self.blocks.info
         self.split = self.info.splits[split]
         self.token_count = self.split.tokens
-        self.bytes_read = 0
-        if not remote and (faults := file_faults(self.folder, split)):
-            raise DataError("\n".join(faults))
-        self._stream = Stream(
-            remote=remote,
-            local=str(self.folder),
-            split=split,
-            download_retry=2,
-            download_timeout=300,
-            validate_hash="sha256",
-            keep_zip=False,
-        )
-        # Each worker acts as the only one, under a lock of the machine: placement breaks nothing.
-        alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-        with FileLock(self.folder / "lock") if remote else nullcontext():
-            self._shards: Any = self._stream.get_shards(alone, allow_unsafe_types=False)
-        self._present = [remote is None] * len(self._shards)
-        self._spanner = Spanner(np.array([shard.samples for shard in self._shards]))
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """[vocab_size] the bytes of text that each token stands for; 0 where it has none."""
+        lengths = np.zeros(self.info.vocab_size, np.int64)
+        known = folder_tokenizer(self.folder).token_bytes()
+        lengths[: len(known)] = np.maximum(known, 0)[: len(lengths)]
+        return lengths
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens [start, stop) and the document starts among them, as offsets from `start`.
@@ -111,41 +78,12 @@ class TokenStream:
         tokens = np.empty(stop - start, np.int64)
         starts = []
         for block in range(start // size, (stop - 1) // size + 1):
-            sample = self._block(block)
+            found, begun = self.blocks.read(block)
             begin, end = max(start, block * size), min(stop, (block + 1) * size)
-            part = sample["tokens"][begin - block * size : end - block * size]
-            tokens[begin - start : end - start] = part
-            starts.append(
-                np.frombuffer(sample["starts"], "<u4").astype(np.int64) + (block * size - start)
-            )
+            tokens[begin - start : end - start] = found[begin - block * size : end - block * size]
+            starts.append(begun + (block * size - start))
         offsets = np.concatenate(starts)
         return tokens, offsets[(offsets >= 0) & (offsets < stop - start)]
-
-    def _block(self, index: int) -> dict[str, Any]:
-        shard_index, sample_index = self._spanner[index]
-        shard = self._shards[shard_index]
-        name = Path(self.folder, self._stream.split, shard.raw_data.basename)
-        try:
-            if not self._present[shard_index]:
-                # one worker of a machine fetches, the others find the file there
-                with FileLock(f"{name}.lock"):
-                    self._stream.prepare_shard(shard)
-                self._present[shard_index] = True
-            data = shard.get_sample_data(sample_index)
-            sample = shard.decode_sample(data)
-            intact = block_checksum(sample["tokens"].tobytes(), sample["starts"]) == sample["crc32"]
-        except Exception as error:  # Streaming raises whatever its bytes lead to
-            raise DataError(
-                f"MDS shard file {name}, block {sample_index}: cannot be read ({error}): "
-                f"run `python -m data_prep verify {self.folder}`, prepare the data again"
-            ) from error
-        if not intact:
-            raise DataError(
-                f"MDS shard file {name}, block {sample_index}: its checksum is wrong, the file is "
-                f"damaged: run `python -m data_prep verify {self.folder}`, prepare the data again"
-            )
-        self.bytes_read += len(data)
-        return sample
 
 
 def open_split(config: Config, split: str) -> TokenStream:
@@ -254,25 +192,3 @@ def training_batches(
             consumed += size
             ready, ahead = ahead, pool.submit(read_step, consumed)
             yield ready.result()
-
-
-def _fetch_info(remote: str, cache: Path) -> DatasetInfo:
-    """Bring dataset.json (and a tokenizer) of a URL to the cache, once per machine."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"):
-        if not (cache / INFO_NAME).exists():
-            downloader = CloudDownloader.get(remote)
-
-            def fetch(name: str) -> Path:
-                partial = cache / f"{name}.partial"
-                try:
-                    downloader.download(f"{remote}/{name}", str(partial), 300)
-                except Exception as error:  # each cloud's client has errors of its own
-                    raise DataError(f"{remote}/{name} cannot be fetched: {error}") from error
-                return partial
-
-            info = fetch(INFO_NAME)
-            if json.loads(info.read_text())["tokenizer"] != "bytes":
-                fetch(TOKENIZER_NAME).replace(cache / TOKENIZER_NAME)
-            info.replace(cache / INFO_NAME)  # last: it says that the rest is there
-    return load_info(cache)

@@ -5,10 +5,12 @@ Each setting below that departs from DeepSpeed's default says why; the parity te
 """
 
 import importlib
+import json
 import logging
 import math
 import platform
 from collections import OrderedDict
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from trainer.optim import build_optimizer
 from trainer.reshape import load_reshaped, needs_reshaping
 from trainer.worker import Worker
 
+OBEYED = ("betas", "eps", "weight_decay")  # settings of an optimizer's groups
 TAG = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
 
 
@@ -116,11 +119,16 @@ class Engine:
         self._engine._copy_recovery_script = lambda _: None  # writes; the weights lie beside
         self._topology = topology
         self._stage = config.deepspeed.zero_stage
+        self._described = json.dumps(asdict(config.model))  # for readers of the weights alone
         if self._stage == 0 and config.train.dtype == "bf16":
             self._engine.optimizer.optimizer.state.clear()  # the traces of that step
         self._step = 0
         if resume:
+            # a checkpoint brings its own along; what is configured now is obeyed
+            asked = [{name: group[name] for name in OBEYED} for group in inner.param_groups]
             self._load(resume, reshaped)
+            for group, values in zip(inner.param_groups, asked, strict=True):
+                group.update(values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -190,17 +198,19 @@ class Engine:
         }
         weights = self.weights()
         if self._topology.first:
-            files[WEIGHTS] = partial(save_file, weights)
+            described = {"format": "pt", "step": str(self._step), "model": self._described}
+            files[WEIGHTS] = partial(save_file, weights, metadata=described)
         return files
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights on rank 0's CPU, in the model's dtype; empty on the other ranks."""
+        """All weights in fp32, the optimizer's own, on rank 0's CPU; empty on the other ranks."""
+        masters = _deepspeed().utils.safe_get_full_fp32_param
         gathered = {}
         for name, parameter in self._engine.module.named_parameters():
-            sharded = hasattr(parameter, "ds_id")
-            with _deepspeed().zero.GatheredParameters([parameter], enabled=sharded):
-                if self._topology.first:
-                    gathered[name] = parameter.detach().cpu().clone().contiguous()
+            whole = masters(parameter)  # of every rank's share
+            if self._topology.first:
+                whole = parameter.detach() if whole is None else whole
+                gathered[name] = whole.float().cpu().clone().contiguous()
         return gathered
 
     def weights_checksum(self) -> int:

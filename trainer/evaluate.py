@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.schema import SplitInfo
 from trainer.data import SequenceReader, TokenStream
 from trainer.engine import Engine
 from trainer.loss import token_scores
@@ -25,15 +24,16 @@ class Evaluation:
     accuracy: float  # share of tokens that were the likeliest
     sequences: int
     tokens: int
+    text_bytes: int  # behind these tokens
     # (first position, one past the last, mean loss) in powers of two: does more context help?
     by_position: list[tuple[int, int, float]] = field(default_factory=list)
     # (distance in tokens, mean loss, accuracy) where the data has distances (data_prep.synthetic)
     by_distance: list[tuple[int, float, float]] = field(default_factory=list)
 
 
-def bits_per_byte(nats_per_token: float, split: SplitInfo) -> float:
-    """Independent of the tokenizer: nats per token over the split's bytes per token, in bits."""
-    return nats_per_token / math.log(2) * split.tokens / split.text_bytes
+def bits_per_byte(nats_per_token: float, tokens: float, text_bytes: float) -> float:
+    """Independent of the tokenizer: the nats of all tokens over the bytes behind them, in bits."""
+    return nats_per_token / math.log(2) * tokens / max(text_bytes, 1)
 
 
 @torch.no_grad()
@@ -52,8 +52,9 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
     bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
     task = reader.stream.info.synthetic
     distances = (task.distances if task else []) or [0]
-    # of all distances and positions: loss, likeliest, tokens
-    totals = torch.zeros(3, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
+    lengths = torch.from_numpy(reader.stream.token_bytes).to(device)
+    # of all distances and positions: loss, likeliest, tokens, bytes of their text
+    totals = torch.zeros(4, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
     engine.eval()
     for begin in range(0, count, topology.dp_size):
         index = begin + topology.dp_rank
@@ -63,17 +64,20 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
         readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
         scores, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
         if index < count:
-            scored = torch.cat([scores[:, 0], (labels >= 0).float()]).double()
+            text_bytes = lengths[labels.clamp(min=0)] * (labels >= 0)
+            counted = torch.cat([labels >= 0, text_bytes])
+            scored = torch.cat([scores[:, 0].double(), counted.double()])
             totals[:, index % len(distances)].index_add_(1, bins, scored)
     engine.train()
     totals = topology.gather(totals).sum(0)
-    loss, right, tokens = totals.sum((1, 2)).tolist()
+    loss, right, tokens, text_bytes = totals.sum((1, 2)).tolist()
     return Evaluation(
         loss=loss / tokens,
-        bits_per_byte=bits_per_byte(loss / tokens, reader.stream.split),
+        bits_per_byte=bits_per_byte(loss / tokens, tokens, text_bytes),
         accuracy=right / tokens,
         sequences=count,
         tokens=int(tokens),
+        text_bytes=int(text_bytes),
         by_position=_by_position(totals, edges),
         by_distance=_by_distance(totals, distances),
     )
@@ -81,12 +85,14 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
 
 def _by_position(totals: Tensor, edges: list[int]) -> list[tuple[int, int, float]]:
     rows = zip(edges[:-1], edges[1:], totals.sum(1).T.tolist(), strict=True)
-    return [(start, stop, loss / n) for start, stop, (loss, _, n) in rows if n]
+    return [(start, stop, loss / n) for start, stop, (loss, _, n, _) in rows if n]
 
 
 def _by_distance(totals: Tensor, distances: list[int]) -> list[tuple[int, float, float]]:
     rows = zip(distances, totals.sum(2).T.tolist(), strict=True)
-    return [(distance, loss / n, hits / n) for distance, (loss, hits, n) in rows if distance and n]
+    return [
+        (distance, loss / n, hits / n) for distance, (loss, hits, n, _) in rows if distance and n
+    ]
 
 
 def final_result(
@@ -96,9 +102,9 @@ def final_result(
     losses: dict[str, float] = {}
     if not train.stream.info.synthetic:  # of random tokens n-grams would tell nothing
         losses = ngram_losses(train.stream, held_out.stream, evaluated.tokens)
-    split = held_out.stream.split
+    counted = evaluated.tokens, evaluated.text_bytes
     baselines = {
-        name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, split)}
+        name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, *counted)}
         for name, loss in losses.items()
     }
     return {**asdict(evaluated), "baselines": baselines}

@@ -20,6 +20,7 @@ class Started:
     sp: int
     shard_tokens: int
     scan: str  # the backend
+    changed: tuple[str, ...] = ()  # settings that are not those of the last start
 
 
 @dataclass(frozen=True)

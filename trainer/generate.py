@@ -1,13 +1,16 @@
 """Continue a text: with constant memory and time per token, unless a layer is full attention."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor
 
+from data_prep.schema import load_info
 from data_prep.tokenizer import Tokenizer, folder_tokenizer
 from models.lm import LanguageModel
 from models.mixer import Carry
@@ -16,36 +19,84 @@ from trainer.config import load_dumped
 from trainer.run_folder import RunFolder
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer, int]:
-    """Model and tokenizer of a run's folder, and the step its weights are of.
+@dataclass(frozen=True)
+class Trained:
+    """What a run's folder holds for those who use its model."""
 
-    Raises ValueError where the folder holds no run or no intact checkpoint.
+    model: LanguageModel
+    tokenizer: Tokenizer
+    step: int  # that the weights are of
+    known: Tensor  # [V] bool: the ids that stand for something
+    end_of_document: int | None = None
+
+
+def load_run(folder: Path, device: torch.device) -> Trained:
+    """The model of a run's newest intact checkpoint, and its tokenizer.
+
+    Raises ValueError where the folder holds no run, or none of either.
     """
     run = RunFolder(folder)
     config = load_dumped(run.config)
     weights, manifest = find_weights(run)
     model = LanguageModel(config.model)
-    load_model(model, weights)  # knows of a matrix that embedding and head share
-    return model.to(device).float().eval(), folder_tokenizer(folder), manifest.step
+    try:
+        load_model(model, weights)  # knows of a matrix that embedding and head share
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights} does not fit {run.config}: {error}") from None
+    info = load_info(folder) if run.data.exists() else None  # runs of older versions have none
+    tokenizer = folder_tokenizer(folder)
+    end = info.end_of_document if info else None
+    known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
+    lengths = torch.from_numpy(tokenizer.token_bytes())[: len(known)]
+    known[: len(lengths)] = lengths >= 0
+    if info and info.synthetic:  # tokens that are no text
+        known[: info.vocab_size] = True
+    if end is not None:
+        known[end] = True
+    model = model.to(device).float().eval()
+    return Trained(model, tokenizer, manifest.step, known.to(device), end)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: temperature 0 takes the likeliest, top_k > 0 one of the k likeliest."""
+    """How a token is drawn. Raises ValueError for what means nothing.
+
+    Temperature 0 takes the likeliest; else one of the `top_k` likeliest (0: of all), and of those
+    the fewest that have `top_p` of the probability together.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
+    top_p: float = 1.0
     seed: int = 0
+    known: Tensor | None = None  # [V] bool: no other token is drawn
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} is not a number from 0 on")
+        if self.top_k < 0:
+            raise ValueError(f"top-k {self.top_k} is negative: use 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p} is not above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is not from 0 to 2^63 - 1")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """A token, from logits [V]."""
-        if self.temperature <= 0:
+        if self.known is not None:
+            logits = logits.masked_fill(~self.known, float("-inf"))
+        if self.temperature == 0:
             return logits.argmax()
-        logits = logits / self.temperature
+        logits = (logits - logits.max()).double() / self.temperature  # the highest stays finite
         if 0 < self.top_k < logits.numel():
             least = logits.topk(self.top_k).values[-1]
             logits = logits.masked_fill(logits < least, float("-inf"))
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[0]
+        chances = logits.softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, places = chances.sort(descending=True)
+            unneeded = ordered.cumsum(0) - ordered >= self.top_p
+            chances = chances.scatter(0, places[unneeded], 0.0)
+        return torch.multinomial(chances, 1, generator=generator)[0]
 
 
 @torch.inference_mode()
@@ -55,8 +106,10 @@ def generate(
     max_tokens: int,
     sampling: Sampling,
     segment_tokens: int = 4096,
+    on_read: Callable[[int], None] = lambda read: None,
 ) -> Iterator[int]:
-    """Tokens that continue `prompt`, one by one.
+    """Tokens that continue `prompt`, one by one. `on_read` is told how many tokens of the
+    prompt are read.
 
     The prompt, of any length, is read in segments of `segment_tokens`; what is kept between
     segments and between tokens is the model's carry, whose size does not grow but for full
@@ -71,9 +124,11 @@ def generate(
     generator = torch.Generator(device).manual_seed(sampling.seed)
     tokens = torch.tensor([prompt], device=device)
     carry: list[Carry] | None = None
-    logits = torch.empty(0)
+    logits, read = torch.empty(0), 0
     for segment in tokens.split(segment_tokens, dim=1):
         logits, carry = model(segment, carry, readout=_last_logits)
+        read += segment.shape[1]
+        on_read(read)
     for _ in range(max_tokens):
         token = sampling.draw(logits[0], generator)
         yield int(token)

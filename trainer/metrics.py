@@ -9,9 +9,16 @@ from torch.utils.tensorboard import SummaryWriter
 from models.flops import training_flops_per_token
 from trainer.events import Metrics
 from trainer.goodput import Goodput, Submission
-from trainer.run_folder import Line, RunFolder, add_line, read_lines, truncate_after
+from trainer.run_folder import Line, RunFolder, add_line, read_lines
 from trainer.worker import Worker
 
+# In which group of TensorBoard a figure stands; it opens the first, which is the loss.
+GROUPS = {
+    "loss": "loss/train",
+    **dict.fromkeys(("grad_norm", "learning_rate", "skipped_steps"), "optimizer"),
+    **dict.fromkeys(("tokens_per_second", "tokens_per_second_per_worker", "mfu"), "speed"),
+    **dict.fromkeys(("step_seconds", "data_seconds", "exchange_seconds", "save_seconds"), "time"),
+}
 # Dense bf16 peaks in FLOP/s, by the name that CUDA reports. Where the peak is unknown, mfu is null.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -33,12 +40,15 @@ def step_metrics(worker: Worker, measured: Metrics) -> Metrics:
 
 
 class MetricsWriter:
-    """Writes one line per step. Opened at a step, it first drops what a lost run wrote after it."""
+    """Writes one line per step, after those that the folder keeps of earlier starts."""
 
     def __init__(self, folder: RunFolder, first_step: int) -> None:
-        truncate_after(folder.metrics, first_step)
         self._file = folder.metrics.open("a")
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+        board = folder.tensorboard / folder.path.name  # by which TensorBoard calls the run
+        self._board = SummaryWriter(str(board), purge_step=first_step + 1)
+        if folder.config.exists():
+            indented = (f"    {line}\n" for line in folder.config.read_text().splitlines())
+            self._board.add_text("configuration", "".join(indented), first_step)
 
     def write(self, metrics: Metrics) -> None:
         """One step's figures; None is written as null and not shown in TensorBoard."""
@@ -46,7 +56,14 @@ class MetricsWriter:
         self._file.flush()
         for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, metrics["step"])
+                group = GROUPS.get(name, "run")
+                tag = group if "/" in group else f"{group}/{name}"
+                self._board.add_scalar(tag, value, metrics["step"])
+
+    def evaluated(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """The held-out loss, beside that of training."""
+        self._board.add_scalar("loss/held_out", loss, step)
+        self._board.add_scalar("loss/held_out_bits_per_byte", bits_per_byte, step)
 
     def close(self) -> None:
         self._file.close()
@@ -60,9 +77,8 @@ class RunRecord:
         """Goes on after `step`; what a lost run wrote of later ones is dropped."""
         self._worker, self._folder = worker, RunFolder(worker.config.run.dir)
         self._goodput = Goodput(self._folder, submission, step)
+        self._folder.forget_after(step)
         self._writer = MetricsWriter(self._folder, step)
-        for path in (self._folder.evaluations, self._folder.sequences):
-            truncate_after(path, step)
 
     def recent(self, count: int) -> list[Line]:
         """The last lines of metrics.jsonl."""
@@ -77,6 +93,11 @@ class RunRecord:
         add_line(self._folder.sequences, {"step": measured["step"], "begins": begins})
         self._writer.write(metrics)
         return metrics
+
+    def add_evaluation(self, line: Line) -> None:
+        """What was held out, after a step."""
+        self._folder.add_evaluation(line)
+        self._writer.evaluated(line["step"], line["loss"], line["bits_per_byte"])
 
     def close(self) -> None:
         self._writer.close()

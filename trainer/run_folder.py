@@ -5,31 +5,31 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.files import write_whole
-from data_prep.schema import TOKENIZER_NAME
-from trainer.settings import get, leaves_of
-
-if TYPE_CHECKING:
-    from trainer.config import Config
+from data_prep.schema import INFO_NAME, TOKENIZER_NAME
+from trainer.storage import MANIFEST
 
 Line = dict[str, Any]  # of a .jsonl file
 
-# What a run may not change between two starts: the numbers would no longer be one run's.
-FIXED_KEYS = (
-    "model",
-    "run.seed",
-    "data.reset_state",
-    "data.shift",
-    "deepspeed.zero_stage",
-    "train.dtype",
-    "train.seq_len",
-)
+# What every line of a .jsonl file has; of figures the steps do not fall.
+RISING = {
+    "metrics.jsonl": ("step", "loss", "step_seconds", "elapsed_seconds", "learning_rate"),
+    "sequences.jsonl": ("step", "begins"),
+    "evaluations.jsonl": ("step", "loss", "bits_per_byte"),
+}
+LINES: dict[str, tuple[str, ...]] = RISING | {
+    "starts.jsonl": ("step", "submission", "base_seconds", "restart", "lost_steps"),
+    "configurations.jsonl": ("at", "config"),
+    "manifests.jsonl": ("step", "sha256"),
+}
+RESULT_KEYS = ("step", "loss", "bits_per_byte", "tokens", "baselines", "by_position")
 
 
 class RunFolder:
@@ -38,10 +38,13 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.data = self.path / INFO_NAME  # of what it was trained on
         self.tokenizer = self.path / TOKENIZER_NAME  # where it is not plain bytes
         self.metrics = self.path / "metrics.jsonl"
         self.sequences = self.path / "sequences.jsonl"  # the first token of each, by step
         self.starts = self.path / "starts.jsonl"  # trainer.goodput
+        self.history = self.path / "configurations.jsonl"  # each that a start has changed
+        self.manifests = self.path / "manifests.jsonl"  # digests of the checkpoints' manifests
         self.lock = self.path / "lock"
         self.evaluations = self.path / "evaluations.jsonl"
         self.result = self.path / "evaluation.json"  # of the last step
@@ -57,8 +60,14 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """Checkpoint folders, newest first; unfinished and damaged ones have other names."""
-        folders = [p for p in self.checkpoints.glob("step-*") if p.is_dir() and not p.suffix]
-        return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+        named = ((p, re.fullmatch(r"step-(\d+)", p.name)) for p in self.checkpoints.glob("step-*"))
+        folders = [(int(name[1]), p) for p, name in named if name and p.is_dir()]
+        return [p for _, p in sorted(folders, reverse=True)]
+
+    def newest_manifest(self) -> Line | None:
+        """What the newest checkpoint says of itself, if it can be read."""
+        newest = self.saved()[:1]
+        return _object(newest[0] / MANIFEST, ("step", "data_fingerprint")) if newest else None
 
     def hold(self, patience_seconds: float) -> int:
         """Be the only one that writes here, until this process ends; the open lock.
@@ -100,12 +109,34 @@ class RunFolder:
 
     def resumes(self) -> bool:
         """Whether a start here goes on with what another has begun."""
-        return self.config.is_file() and any(self.checkpoints.glob("step-*"))
+        return self.config.is_file() and bool(self.saved())
 
     def read_result(self, step: int) -> Line | None:
         """The final evaluation, if it is there and of this step."""
-        result = json.loads(self.result.read_text()) if self.result.exists() else None
+        result = _object(self.result, RESULT_KEYS) if self.result.exists() else None
         return result if result and result["step"] == step else None
+
+    def forget_after(self, step: int) -> None:
+        """What is of a later step is not this run's any more, nor what was made of it."""
+        for path in (self.metrics, self.sequences, self.evaluations):
+            truncate_after(path, step)
+        if self.result.exists() and not self.read_result(step):
+            for path in (self.result, self.report, self.curve, self.samples):
+                path.unlink(missing_ok=True)
+
+    def mend(self) -> list[str]:
+        """Set aside what of its files cannot be read, and keep the lines that can; what was done.
+
+        Figures are no reason not to go on: the weights are in the checkpoints.
+        """
+        told = []
+        for path, keys in LINES.items():
+            if fault := _mend_lines(self.path / path, keys):
+                told.append(fault)
+        if self.result.exists() and not _object(self.result, RESULT_KEYS):
+            aside = _set_aside(self.result)
+            told.append(f"{self.result} could not be read: it is {aside.name} now, and made again")
+        return told
 
     def write_result(self, result: Line) -> None:
         write_whole(self.result, json.dumps(result, indent=1) + "\n")
@@ -128,17 +159,6 @@ class RunFolder:
         elif not os.access(existing, os.W_OK):
             yield "run.dir", f"{self.path} cannot be written: no permission in {existing}"
 
-    def resume_faults(self, before: Config, now: Config) -> Iterator[tuple[str, str]]:
-        """What `now` changes of the configuration of the run here, and may not."""
-        for name, _ in leaves_of(type(now)):
-            fixed = name in FIXED_KEYS or name.partition(".")[0] in FIXED_KEYS
-            if fixed and get(before, name) != get(now, name):
-                yield (
-                    name,
-                    f"{get(now, name)!r} differs from {get(before, name)!r} of the run in "
-                    f"{self.path}, which would resume: keep it, or choose another run.dir",
-                )
-
 
 def add_line(path: Path, line: Line) -> None:
     """Append to a .jsonl file."""
@@ -149,8 +169,67 @@ def add_line(path: Path, line: Line) -> None:
 def truncate_after(path: Path, step: int) -> None:
     """Keep the lines of a .jsonl file whose step is at most `step`; a torn last line goes too."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        _write_lines(path, [line for line in read_lines(path) if line["step"] <= step])
+
+
+def _write_lines(path: Path, lines: list[Line]) -> None:
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _set_aside(path: Path) -> Path:
+    """Under another name, which no reader takes for it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    return aside
+
+
+def _object(path: Path, keys: tuple[str, ...]) -> Line | None:
+    """What a file of JSON holds; None where it is not a line of these keys."""
+    try:
+        return _line(path.read_text(), keys)
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _line(text: str, keys: tuple[str, ...]) -> Line | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        return None
+    return value if "step" not in keys or type(value["step"]) is int else None
+
+
+def _mend_lines(path: Path, keys: tuple[str, ...]) -> str | None:
+    """Keep the lines that can be read and follow each other; what was wrong."""
+    if not path.exists():
+        return None
+    try:
+        texts = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    lines = [_line(text, keys) for text in texts]
+    kept: list[Line] = []
+    bad = 0
+    for number, line in enumerate(lines):
+        rises = path.name not in RISING or not kept or (line and line["step"] > kept[-1]["step"])
+        if line and rises:
+            kept.append(line)
+        elif number < len(lines) - 1 or texts[number].endswith("\n"):  # the last may be torn
+            bad += 1
+    if not bad:
+        return None
+    aside = _set_aside(path)
+    if path.name == "manifests.jsonl":  # with some of them gone, good checkpoints would be refused
+        return (
+            f"{path} could not be read: it is {aside.name} now, checkpoints are taken as they are"
+        )
+    _write_lines(path, kept)
+    return (
+        f"{path} had {bad} lines that cannot be read: it is {aside.name} now, and goes on with the "
+        f"other {len(kept)}"
+    )
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -80,6 +80,11 @@ class Mirror:
         names = [posixpath.basename(posixpath.dirname(path)) for path in found]
         return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
+    def withdraw(self, name: str) -> None:
+        """A checkpoint that does not count any more."""
+        if self._try(self._files.exists, self._path(name, MANIFEST)):
+            self._try(self._files.rm_file, self._path(name, MANIFEST))
+
     def files(self, name: str) -> list[str]:
         """Of a checkpoint, by their names in it."""
         return sorted(self._sizes(name))

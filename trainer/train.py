@@ -14,20 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data_prep.schema import TOKENIZER_NAME
+from data_prep.blocks import DataError
 from models.flops import parameters
 from models.scan import choose_backend
 from trainer import checkpoint
-from trainer.checkpoint import Saved
-from trainer.config import Config, dump_config
-from trainer.data import (
-    DataError,
-    Position,
-    SequenceReader,
-    StepBatch,
-    open_split,
-    training_batches,
-)
+from trainer.config import Config
+from trainer.data import Position, SequenceReader, StepBatch, open_split, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
@@ -37,8 +29,8 @@ from trainer.memory import peak_memory_bytes
 from trainer.metrics import RunRecord, finite
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder
+from trainer.start import find_checkpoint, open_folder, redrawn
 from trainer.step import accumulate_gradients, build_engine, seed_dropout
-from trainer.storage import Mirror
 from trainer.worker import Worker
 
 LOCK_PATIENCE_SECONDS = 10  # for a worker of the start before that is just ending
@@ -93,13 +85,13 @@ class _Run:
         self.folder = RunFolder(config.run.dir)
         self.reader = _reader(worker, "train")
         self.held_out = _reader(worker, "held_out") if config.evaluate.sequences else None
-        self._open_folder()
-        saved = self._find_checkpoint()
+        data = self.reader.stream.blocks
+        self.changed = open_folder(worker, data)
+        saved, mirror = find_checkpoint(worker, submission, data)
         worker.pulse.now("building the model")
         self.engine = build_engine(worker, saved)
         self.step, self.consumed = 0, 0  # steps taken; sequences read for them
         if saved:
-            self._check_resume(saved)
             self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
         self.last_step = config.train.steps
         if config.train.stop_after is not None:
@@ -114,7 +106,7 @@ class _Run:
         self.guard = Guard(config, [line["loss"] for line in history], skipped)
         self.schedule = SaveSchedule(config.checkpoint)
         self.saver = checkpoint.Saver(
-            self.folder, config.checkpoint.keep, self.topology.aside, self.mirror
+            self.folder, config.checkpoint.keep, self.topology.aside, mirror
         )
 
     def announce(self) -> None:
@@ -130,8 +122,11 @@ class _Run:
                 sp=config.parallel.sp,
                 shard_tokens=layout.shard_tokens,
                 scan=self._scan_backends(),
+                changed=tuple(self.changed),
             )
         )
+        if self.changed and (jump := redrawn(self.folder, config, self.step)):
+            self.worker.warn(jump)
 
     def _scan_backends(self) -> str:
         """What runs the model's scans; the reason of a slow one is told."""
@@ -238,16 +233,14 @@ class _Run:
             return
         self.worker.pulse.now("evaluating")
         result = self.evaluated = evaluate(self.engine, self.held_out, self.worker)
-        if self.topology.first:
-            self.folder.add_evaluation({"step": self.step, **asdict(result)})
+        if self.record:
+            self.record.add_evaluation({"step": self.step, **asdict(result)})
         self.worker.tell(Evaluated(self.step, result.loss, result.bits_per_byte))
 
     def finish(self) -> None:
         """After the last step: the result, unless an earlier start has left it."""
         self.worker.pulse.now("ending the last save")
         self._end_save(last=True)
-        if self.record:
-            self.record.close()
         steps = self.config.train.steps
         if self.step == steps and self.held_out:
             known = self.topology.gather_objects(self.folder.read_result(steps) is not None)[0]
@@ -257,53 +250,11 @@ class _Run:
                 if self.topology.first and self.evaluated:
                     result = final_result(self.evaluated, self.reader, self.held_out)
                     self.folder.write_result({"step": steps, **result})
+        if self.record:
+            self.record.close()
         self.worker.tell(Ended(self.step, steps))
         self.engine.destroy()
         self.topology.destroy()
-
-    def _open_folder(self) -> None:
-        """Make the folder and what a reader of the run needs besides its checkpoints."""
-        folder, stream = self.folder, self.reader.stream
-
-        def write() -> None:
-            try:
-                folder.checkpoints.mkdir(parents=True, exist_ok=True)
-                dump_config(self.config, folder.config)
-                if stream.info.tokenizer != "bytes":
-                    folder.tokenizer.write_bytes((stream.folder / TOKENIZER_NAME).read_bytes())
-            except OSError as error:
-                raise folder.unwritable(error) from None
-
-        def check() -> None:
-            if not folder.path.is_dir():
-                raise ValueError(
-                    f"run.dir {folder.path} is not visible to worker {self.topology.rank}: "
-                    f"use a folder that all workers share"
-                )
-
-        self.topology.on_first(write)
-        self.topology.together(check)
-
-    def _check_resume(self, saved: Saved) -> None:
-        manifest, stream, config = saved.manifest, self.reader.stream, self.config
-        if manifest.step > config.train.steps:
-            raise ValueError(
-                f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
-                f"{config.run.dir} has reached: raise it, or choose another run.dir"
-            )
-        if manifest.data_fingerprint != stream.info.fingerprint:
-            raise ValueError(
-                f"data.path {stream.folder} is not the data that the run was trained on: its order "
-                f"would be another; give back the same data, or choose another run.dir"
-            )
-
-    def _find_checkpoint(self) -> Saved | None:
-        self.worker.pulse.now("looking for a checkpoint")
-        remote = self.config.checkpoint.remote
-        self.mirror = self.topology.together(lambda: Mirror(remote)) if remote else None
-        if self.mirror:
-            checkpoint.fetch(self.folder, self.mirror, self.topology)
-        return checkpoint.find(self.folder, self.topology, self.worker.warn)
 
     def _read(self) -> StepBatch:
         """This rank's micro-batches; all workers raise the same DataError where one cannot read."""

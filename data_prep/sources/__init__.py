@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, .jsonl, .parquet, and Python's own standard library.
+"""Where text comes from: files, folders and addresses of them, and Python's own standard library.
 
 A source is planned into pieces, each small enough for one worker's memory, in an order that
 depends on names alone. Reading a piece yields its texts, each with the document it belongs to.
@@ -6,68 +6,165 @@ A format is a module with `plan` and `read`, and a line here.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from data_prep.sources import jsonl, parquet, stdlib, text
-from data_prep.sources.pieces import Piece, Text
+from data_prep.sources import csv, json, jsonl, parquet, stdlib, text
+from data_prep.sources.pieces import Faulty, File, Piece, Record, Text, joined
+from data_prep.sources.storage import (
+    PACKINGS,
+    is_address,
+    open_file,
+    size_and_content,
+    walk,
+)
 
-__all__ = ["Piece", "Text", "plan", "read"]
+__all__ = ["Faulty", "File", "Piece", "Record", "Selection", "Text", "plan", "read"]
 
 
 class Format(Protocol):
     """How files of one kind are cut into pieces, and read."""
 
-    def plan(self, name: str, path: Path, field: str) -> list[Piece]:
-        """The pieces of a file that goes by `name`. Raises ValueError where it is not one."""
+    def plan(self, file: File, field: str) -> list[Piece]:
+        """The pieces of a file. Raises ValueError where it is not one."""
 
-    def read(self, piece: Piece, field: str) -> Iterator[Text]:
-        """The texts of a piece. Raises ValueError naming file and line for what is not text."""
-
-
-FORMATS: dict[str, Format] = {"jsonl": jsonl, "parquet": parquet, "text": text}  # a piece's kinds
-SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}  # all others are text
+    def read(self, piece: Piece, field: str) -> Iterator[Record]:
+        """The texts of a piece, and what is wrong with records that have none."""
 
 
-def plan(sources: list[str], field: str, held_out: float) -> list[Piece]:
-    """The pieces of all sources. Raises ValueError for a source that cannot be read.
+FORMATS: dict[str, Format] = {
+    "csv": csv,
+    "json": json,
+    "jsonl": jsonl,
+    "parquet": parquet,
+    "text": text,
+}
+SUFFIXES = {
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".tsv": "csv",
+}  # any other is text, unless it begins like something else
+SIGNS = {
+    b"PAR1": "parquet",
+    b"\x1f\x8b": "a packed file (gzip)",
+    b"BZh": "a packed file (bzip2)",
+    b"\xfd7zXZ": "a packed file (xz)",
+    b"\x28\xb5\x2f\xfd": "a packed file (zstd)",
+    b"PK\x03\x04": "a zip archive",
+}  # how files begin
 
-    A source of a single text document is split at its end, the last `held_out` of its bytes for
-    evaluation, because there is no other document to hold out.
+
+@dataclass(frozen=True)
+class Selection:
+    """Which files are read, and as what."""
+
+    sources: tuple[str, ...]
+    held_out_from: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()  # patterns of names; none: all
+    exclude: tuple[str, ...] = ()
+    kind: str = ""  # of all files, whatever their names
+    field: str = "text"
+
+
+def plan(selection: Selection, out: Path | None, notes: list[str]) -> list[Piece]:
+    """The pieces of all sources, in order; what was left out, and why, goes into `notes`.
+
+    What lies in `out` is never a source. Raises ValueError for a source that cannot be read.
     """
-    files: list[tuple[str, Path]] = []
     pieces: list[Piece] = []
-    for source in sources:
-        if source == "stdlib":
-            pieces += stdlib.plan()
-        else:
-            files += _files(source)
-    for name, path in files:
-        kind = SUFFIXES.get(path.suffix, "text")
-        if kind == "text" and len(files) == 1 and not pieces and held_out > 0:
-            pieces += text.plan_split(name, path, held_out)
-        else:
-            pieces += FORMATS[kind].plan(name, path, field)
+    for sources, split in ((selection.sources, None), (selection.held_out_from, "held_out")):
+        decided = split or ("train" if selection.held_out_from else None)
+        for source in sources:
+            if source == "stdlib":
+                found = stdlib.plan()
+                found = [
+                    replace(p, files=tuple(replace(f, split=decided) for f in p.files))
+                    for p in found
+                ]
+            else:
+                found = []
+                for file in _files(source, selection, out, notes):
+                    file = replace(file, split=decided)
+                    found += FORMATS[file.kind].plan(file, selection.field)
+            pieces += joined(found)
     return pieces
 
 
-def read(piece: Piece, field: str) -> Iterator[Text]:
-    """The texts of a piece. Raises ValueError naming file and line for what is not text."""
+def read(piece: Piece, field: str) -> Iterator[Record]:
+    """The texts of a piece, and what is wrong with its records that have none."""
     yield from FORMATS[piece.kind].read(piece, field)
 
 
-def _files(source: str) -> list[tuple[str, Path]]:
-    """Every file of a source, by a name that does not depend on where the source lies."""
-    path = Path(source)
-    if path.is_file():
-        return [(path.name, path)]
-    if not path.is_dir():
-        raise ValueError(f"source {source!r} is neither a file, a folder nor `stdlib`")
-    files = sorted(
-        p
-        for p in path.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    )
-    if not files:
-        raise ValueError(f"source folder {source} holds no files")
-    return [(p.relative_to(path).as_posix(), p) for p in files]
+def _files(source: str, selection: Selection, out: Path | None, notes: list[str]) -> list[File]:
+    own = [] if out is None else [p.absolute() for p in (out, out.with_name(out.name + ".partial"))]
+    chosen: list[tuple[str, str]] = []
+    left_out = 0
+    for name, path in walk(source, notes):
+        absolute = None if is_address(path) else Path(path).absolute()
+        if absolute and any(absolute.is_relative_to(folder) for folder in own):
+            continue
+        if _wanted(name, selection):
+            chosen.append((name, path))
+        else:
+            left_out += 1
+    if left_out:
+        notes.append(f"{source}: {left_out} files are left out by --include and --exclude")
+    if not chosen:
+        which = " that --include and --exclude leave" if left_out else ""
+        raise ValueError(f"source folder {source} holds no files{which}")
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda item: _file(item[0], item[1], selection.kind), chosen))
+
+
+def _wanted(name: str, selection: Selection) -> bool:
+    def any_of(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(name, p) or fnmatch(PurePosixPath(name).name, p) for p in patterns)
+
+    return (not selection.include or any_of(selection.include)) and not any_of(selection.exclude)
+
+
+def _file(name: str, path: str, kind: str) -> File:
+    bare = PurePosixPath(name.lower())
+    packing = PACKINGS.get(bare.suffix, "")
+    inner = bare.with_suffix("").suffix if packing else bare.suffix
+    try:
+        size, content = size_and_content(path)
+        file = File(name, path, size, content, kind or SUFFIXES.get(inner, ""), packing)
+        return file if file.kind else _as_text(file)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _as_text(file: File) -> File:
+    """A file whose name says nothing, as text; ValueError where it begins as no text does."""
+    try:
+        with open_file(file.path, file.packing) as f:
+            begin = f.read(4096)
+    except EOFError as error:
+        raise ValueError(f"{file.path} cannot be unpacked: {error}") from None
+    looks = next((what for sign, what in SIGNS.items() if begin.startswith(sign)), "")
+    if not looks and b"\0" in begin and begin[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        looks = "no text (it holds zeros)"
+    if not looks:
+        first = begin.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].strip()
+        if first[:1] in (b"{", b"[") and _is_json(first):
+            looks = "JSON"
+    if looks:
+        raise ValueError(
+            f"{file.path} has no suffix of a kind that is known, and looks like {looks}: say what "
+            f"it is with --format ({', '.join(FORMATS)}), rename it, or leave it out by --exclude"
+        )
+    return replace(file, kind="text")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(jsonl.parse(line.decode()), dict | list)
+    except ValueError:
+        return False

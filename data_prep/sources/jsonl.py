@@ -2,43 +2,70 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from data_prep.sources.pieces import Piece, Text, cut_at_lines, decode, line_number, read_bytes
+from data_prep.sources.fields import text_in
+from data_prep.sources.pieces import (
+    MARK,
+    Faulty,
+    File,
+    Piece,
+    Record,
+    Text,
+    chunks,
+    cut_at_lines,
+    decode,
+    line_number,
+)
 
 
-def plan(name: str, path: Path, field: str) -> list[Piece]:
+def plan(file: File, field: str) -> list[Piece]:
     """The file's pieces, whole lines each."""
-    return cut_at_lines(Piece("jsonl", name, (str(path),), 0, path.stat().st_size), any_line=True)
+    return cut_at_lines(file, any_line=True)
 
 
-def read(piece: Piece, field: str) -> Iterator[Text]:
-    path, offset = piece.paths[0], piece.start
-    for raw in read_bytes(path, piece.start, piece.end).split(b"\n"):
-        at, offset = offset, offset + len(raw) + 1
-        if not raw.strip():
-            continue
-        line = decode(raw, path, at)
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{line_number(path, at)}: not JSON ({error.msg})") from None
-        if not isinstance(value, dict) or field not in value:
-            has = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(
-                f"{path}:{line_number(path, at)}: no field {field!r} (it has: {has}): "
-                f"name the text's field with --field"
-            )
-        if not isinstance(value[field], str):
-            raise ValueError(
-                f"{path}:{line_number(path, at)}: field {field!r} is not a text "
-                f"but {type(value[field]).__name__}"
-            )
-        try:
-            value[field].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{path}:{line_number(path, at)}: field {field!r} is not Unicode text "
-                f"({error.reason})"
-            ) from None
-        yield Text(f"{piece.document}:{at}", True, value[field])
+def read(piece: Piece, field: str) -> Iterator[Record]:
+    for file, offset, data, _ in chunks(piece, any_line=True):
+        marked = offset == 0 and data.startswith(MARK)
+        at = offset + len(MARK) * marked
+        for raw in data[len(MARK) * marked :].split(b"\n"):
+            if raw.strip():
+                try:
+                    text = _text(raw, file, at, field)
+                except ValueError as error:
+                    yield Faulty(str(error))
+                else:
+                    yield Text(f"{file.name}:{at}", text, marked=marked)
+                marked = False
+            at += len(raw) + 1
+
+
+def _text(raw: bytes, file: File, at: int, field: str) -> str:
+    line = decode(raw, file, at)
+    try:
+        record = parse(line)
+    except ValueError as error:
+        raise ValueError(f"{file.path}:{line_number(file, at)}: not JSON ({error})") from None
+    return (
+        text_in(record, field, f"{file.path}:{line_number(file, at)}")
+        if not _simple(record, field)
+        else record[field]
+    )
+
+
+def _simple(record: Any, field: str) -> bool:
+    """The usual case, for which no line is counted."""
+    value = record.get(field) if isinstance(record, dict) else None
+    return isinstance(value, str) and value.isascii()
+
+
+def parse(text: str) -> Any:
+    """A JSON value. Raises ValueError with the reason, whatever the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(str(error).split(";")[0]) from None

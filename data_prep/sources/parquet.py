@@ -1,44 +1,59 @@
 """Parquet: a row is a document, its text in one column; a piece is a row group."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from data_prep.sources.pieces import Piece, Text
+from data_prep.sources.fields import text_in
+from data_prep.sources.pieces import Faulty, File, Piece, Record, Text
+from data_prep.sources.storage import open_file
 
 
-def plan(name: str, path: Path, field: str) -> list[Piece]:
+def _open(file: File) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.ParquetFile(path)
+        return pq.ParquetFile(open_file(file.path, file.packing))
     except Exception as error:  # pyarrow raises its own hierarchy
-        raise ValueError(f"{path} is not a parquet file ({error})") from None
-    if field not in metadata.schema_arrow.names:
+        raise ValueError(f"{file.path} is not a parquet file ({error})") from None
+
+
+def plan(file: File, field: str) -> list[Piece]:
+    opened = _open(file)
+    columns = opened.schema_arrow.names
+    if field not in columns and field.split(".")[0] not in columns:
         raise ValueError(
-            f"{path}: no column {field!r} (it has: {', '.join(metadata.schema_arrow.names)}): "
+            f"{file.path}: no column {field!r} (it has: {', '.join(columns)}): "
             f"name the text's column with --field"
         )
-    return [
-        Piece(
-            "parquet", name, (str(path),), group, metadata.metadata.row_group(group).total_byte_size
-        )
-        for group in range(metadata.num_row_groups)
-    ]
+    groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+    return [Piece((file,), 0, group.total_byte_size, i) for i, group in enumerate(groups)]
 
 
-def read(piece: Piece, field: str) -> Iterator[Text]:
-    import pyarrow.parquet as pq
-
-    path, row = piece.paths[0], 0
-    batches = pq.ParquetFile(path).iter_batches(
-        batch_size=1024, row_groups=[piece.start], columns=[field]
-    )
-    for batch in batches:
-        for value in batch.column(0).to_pylist():
-            if not isinstance(value, str):
-                raise ValueError(
-                    f"{path}: row group {piece.start}, row {row}: column {field!r} is "
-                    f"{'null' if value is None else 'not a text'}"
-                )
-            yield Text(f"{piece.document}:{piece.start}:{row}", True, value)
-            row += 1
+def read(piece: Piece, field: str) -> Iterator[Record]:
+    file, row = piece.files[0], 0
+    place = f"{file.path}: row group {piece.group}"
+    opened = _open(file)
+    batches = opened.iter_batches(1024, row_groups=[piece.group], columns=[field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # pyarrow raises its own hierarchy
+            lost = opened.metadata.row_group(piece.group).num_rows - row
+            yield Faulty(f"{place}, {lost} rows from {row} on: cannot be read ({error})", lost)
+            return
+        if batch is None:
+            return
+        if not batch.num_columns:
+            yield Faulty(f"{place}: no column {field!r}: name the text's column with --field")
+            return
+        for index in range(batch.num_rows):
+            where, row = f"{place}, row {row}", row + 1
+            try:
+                record = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+                text = text_in(record, field, where)
+            except UnicodeDecodeError as error:
+                yield Faulty(f"{where}: column {field!r} is not UTF-8 ({error.reason})")
+            except ValueError as error:
+                yield Faulty(str(error).replace("field", "column"))
+            else:
+                yield Text(f"{file.name}:{piece.group}:{row - 1}", text)

@@ -3,7 +3,8 @@
 import sysconfig
 from pathlib import Path
 
-from data_prep.sources.pieces import Piece
+from data_prep.sources.pieces import File, Piece, whole
+from data_prep.sources.storage import size_and_content
 
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
@@ -16,16 +17,15 @@ def plan() -> list[Piece]:
         if entry.name in EXCLUDED or entry.name.startswith(("_sysconfigdata", ".")):
             continue
         modules = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py"))
-        paths = [
-            str(p)
+        files = [
+            File(p.relative_to(root).as_posix(), str(p), *size_and_content(str(p)))
             for p in modules
             if not EXCLUDED.intersection(p.relative_to(root).parts)
             and p.stat().st_size
             and _is_utf8(p)
         ]
-        if paths:
-            end = Path(paths[0]).stat().st_size
-            pieces.append(Piece("text", f"stdlib/{entry.name}", tuple(paths), 0, end))
+        if files:
+            pieces.append(whole(*files, document=f"stdlib/{entry.name}"))
     return pieces
 
 

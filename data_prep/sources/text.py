@@ -1,29 +1,35 @@
 """Plain text: a file is a document."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from data_prep.sources.pieces import Piece, Text, cut_at_lines, decode, line_start, read_bytes
+from data_prep.sources.pieces import (
+    MARK,
+    Faulty,
+    File,
+    Piece,
+    Record,
+    Text,
+    chunks,
+    cut_at_lines,
+    decode,
+)
 
 
-def plan(name: str, path: Path, field: str) -> list[Piece]:
+def plan(file: File, field: str) -> list[Piece]:
     """The file's pieces."""
-    return cut_at_lines(Piece("text", name, (str(path),), 0, path.stat().st_size), any_line=False)
+    return cut_at_lines(file, any_line=False)
 
 
-def plan_split(name: str, path: Path, held_out: float) -> list[Piece]:
-    """The same of a file that is split at its end, the last `held_out` of its bytes kept apart."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        cut = line_start(f, round(size * (1 - held_out)), size)
-    train = Piece("text", name, (str(path),), 0, cut, "train")
-    end = Piece("text", name + "#end", (str(path),), cut, size, "held_out")
-    return [*cut_at_lines(train, any_line=False), *cut_at_lines(end, any_line=False)]
-
-
-def read(piece: Piece, field: str) -> Iterator[Text]:
-    """The piece's bytes; of several files each whole, one after another."""
-    for i, path in enumerate(piece.paths):
-        end = piece.end if len(piece.paths) == 1 else Path(path).stat().st_size
-        data = read_bytes(path, piece.start, end)
-        yield Text(piece.document, piece.starts and i == 0, decode(data, path, piece.start))
+def read(piece: Piece, field: str) -> Iterator[Record]:
+    """The piece's text; of several files each is a document, unless they are parts of one."""
+    for file, offset, data, last in chunks(piece, any_line=False):
+        whole = piece.document is None
+        marked = offset == 0 and data.startswith(MARK)
+        starts = offset == 0 and (whole or file is piece.files[0])
+        ends = last and (piece.ends if whole else file is piece.files[-1])
+        try:
+            text = decode(data[len(MARK) * marked :], file, offset + len(MARK) * marked)
+        except ValueError as error:
+            yield Faulty(str(error))
+        else:
+            yield Text(piece.document or file.name, text, starts, ends, marked)

@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.parts import PartWriter, Told
 from data_prep.schema import SPLITS, DatasetInfo
 from data_prep.synthetic import copy, needle
 from data_prep.task import SyntheticInfo
-from data_prep.write import Settings, existing_dataset, seal_dataset, write_part
+from data_prep.write import Settings, existing_dataset, seal_dataset
 
 
 class Task(Protocol):
@@ -82,14 +83,14 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
     partial = out.with_name(out.name + ".partial")
     (partial / "parts").mkdir(parents=True, exist_ok=True)
     part = partial / "parts" / "sequences.npz"
-    splits = {}
+    writer = PartWriter(part, info.dtype)
     for index, split in enumerate(SPLITS):
         count = settings.train if split == "train" else settings.held_out
         generator = np.random.default_rng([settings.seed, index])
         # one sequence more than asked for: the last label of a sequence is the next one's token
-        rows = _sequences(settings, count + 1, generator)
-        splits[split] = (rows, np.arange(count + 1) * settings.length)
-    write_part(part, {name: (rows.ravel(), starts) for name, (rows, starts) in splits.items()})
+        for row in _sequences(settings, count + 1, generator):
+            writer.add(row, (len(row), True, 0, index))
+    writer.close(Told([], []))
     seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
     return info
 

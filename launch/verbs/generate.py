@@ -2,34 +2,137 @@
 
 import argparse
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 HELP = "continue a text with a trained model"
+LONG_PROMPT_SECONDS = 2.0  # of reading, after which it is told how far it is
+
+
+class Stream(Protocol):
+    """A tokenizer's (data_prep.tokenizer)."""
+
+    def step(self, token: int) -> str: ...
+    def end(self) -> str: ...
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
-    source.add_argument("--prompt-file", type=Path, help="a file with the text, of any length")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest")
-    parser.add_argument("--seed", type=int, default=0)
+    source.add_argument(
+        "--prompt-file", metavar="FILE", help="UTF-8 text of any length, as it is; - reads stdin"
+    )
+    add("--max-tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    add("--top-k", type=int, default=0, help="sample among the k likeliest; 0: among all")
+    add("--top-p", type=float, default=1.0, help="and among the fewest with this probability")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    add("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} is not positive")
+    if "" in args.stop:
+        raise ValueError("--stop is empty: give the text to end before")
+    prompt = args.prompt if args.prompt is not None else _read(args.prompt_file)
     import torch
 
     from trainer.generate import Sampling, generate, load_run
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, step = load_run(args.run, device)
-    prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
-    print(f"[{args.run}, step {step}]", file=sys.stderr)
-    text_of = tokenizer.decode_stream()
-    sampling = Sampling(args.temperature, args.top_k, args.seed)
-    for token in generate(model, tokenizer.encode(prompt).tolist(), args.max_tokens, sampling):
-        print(text_of(token), end="", flush=True)
+    chosen = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    trained = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sampling = replace(chosen, known=trained.known)
+    print(f"[{args.run}, step {trained.step}]", file=sys.stderr)
+    tokens = trained.tokenizer.encode(prompt).tolist()
+    with _Reading(len(tokens)) as reading:
+        drawn = generate(trained.model, tokens, args.max_tokens, sampling, on_read=reading.show)
+        written = _until_end(drawn, trained.end_of_document)
+        try:
+            for text in until_stop(trained.tokenizer.decode_stream(), written, args.stop):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)
+            return 130
     print()
     return 0
+
+
+def _read(file: str) -> str:
+    """The prompt's bytes as text, unchanged."""
+    name = "stdin" if file == "-" else file
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}): "
+            f"convert the prompt"
+        ) from None
+
+
+class _Reading:
+    """How far a long prompt is read, on stderr."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._began, self._shown = tokens, time.monotonic(), False
+
+    def __enter__(self) -> "_Reading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def show(self, read: int) -> None:
+        if read >= self._tokens:
+            self._clear()
+        elif time.monotonic() - self._began > LONG_PROMPT_SECONDS:
+            self._shown = True
+            share = f"{read:,} of {self._tokens:,} tokens"
+            print(f"\rreading the prompt: {share}", end="", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._shown:
+            print(f"\r{' ' * 60}\r", end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+
+def _until_end(tokens: Iterable[int], end: int | None) -> Iterator[int]:
+    for token in tokens:
+        if token == end:
+            return
+        yield token
+
+
+def until_stop(stream: Stream, tokens: Iterable[int], stops: list[str]) -> Iterator[str]:
+    """The text of tokens as it comes, up to the first of `stops`, which is not part of it.
+
+    What may be the beginning of one is held back until it is known.
+    """
+    held = ""
+    longest = max(map(len, stops), default=0)
+    for token in tokens:
+        held += stream.step(token)
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = next(
+            (n for n in range(min(longest, len(held)), 0, -1) if _begins(stops, held[-n:])), 0
+        )
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    held += stream.end()
+    found = [at for stop in stops if (at := held.find(stop)) >= 0]
+    yield held[: min(found)] if found else held
+
+
+def _begins(stops: list[str], text: str) -> bool:
+    return any(stop.startswith(text) for stop in stops)

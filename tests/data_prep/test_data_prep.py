@@ -15,7 +15,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.schema import load_info
-from data_prep.sources import pieces, plan, read
+from data_prep.sources import Selection, pieces, plan, read
 from data_prep.tokenizer import JsonTokenizer
 from data_prep.verify import verify
 from data_prep.write import Settings, prepare
@@ -49,8 +49,9 @@ def write_documents(folder: Path, count: int = 40) -> Path:
 
 
 def run_prepare(source: Path, out: Path, **settings: object) -> None:
+    field = str(settings.pop("field", "text"))
     chosen = Settings(**{"held_out": 0.2, "block_size": 100, "shard_bytes": 4000, **settings})
-    prepare([str(source)], out, chosen, workers=1, progress=False)
+    prepare(Selection((str(source),), field=field), out, chosen, workers=1, tell=None)
 
 
 def test_folder_of_text_is_kept_whole_and_split_by_document(tmp_path):
@@ -78,7 +79,7 @@ def test_pieces_change_nothing(tmp_path, monkeypatch):
     (source / "more.txt").write_text("x\n")
     run_prepare(source, tmp_path / "large", held_out=0.0)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1001)
-    assert len(plan([str(source)], "text", 0.0)) > 60
+    assert len(plan(Selection((str(source),)), None, [])) > 60
     run_prepare(source, tmp_path / "small", held_out=0.0)
     assert tokens_of(tmp_path / "large", "train") == tokens_of(tmp_path / "small", "train")
     infos = [load_info(tmp_path / name).splits["train"] for name in ("large", "small")]
@@ -179,14 +180,15 @@ def test_hugging_face_tokenizer_travels_with_the_data(tmp_path):
     tokens = carried.encode("document 7 é\n").tolist()
     assert carried.decode(tokens) == "document 7 é\n"
     stream = carried.decode_stream()
-    assert "".join(stream(token) for token in tokens) == "document 7 é\n"
+    assert "".join(map(stream.step, tokens)) + stream.end() == "document 7 é\n"
 
 
 def test_stdlib_is_text_with_long_documents():
-    pieces = plan(["stdlib"], "text", 0.05)
+    pieces = plan(Selection(("stdlib",)), None, [])
     names = {piece.document for piece in pieces}
     assert {"stdlib/json", "stdlib/asyncio", "stdlib/argparse.py"} <= names
-    assert not any("site-packages" in path or "/test/" in path for p in pieces for path in p.paths)
+    paths = [file.path for piece in pieces for file in piece.files]
+    assert not any("site-packages" in path or "/test/" in path for path in paths)
     (text,) = list(read(next(p for p in pieces if p.document == "stdlib/os.py"), "text"))
     assert text.starts
     assert "def makedirs" in text.text
@@ -254,7 +256,8 @@ def test_verify_names_what_was_damaged(tmp_path, capsys):
     shard.write_bytes(bytes(data[:-1] + bytes([data[-1]])))
     info["splits"]["held_out"]["tokens"] += info["block_size"]
     (tmp_path / "out" / "dataset.json").write_text(json.dumps(info))
-    assert any("do not fill" in fault for fault in verify(tmp_path / "out", progress=False))
+    with pytest.raises(ValueError, match="is not as it was written"):
+        verify(tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="it is not a prepared dataset"):
         verify(tmp_path / "text", progress=False)
 

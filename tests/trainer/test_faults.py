@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.blocks import DataError
+from data_prep.files import file_sha256
+from data_prep.schema import load_info
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
 from trainer.config import DataConfig, load_config
-from trainer.data import DataError, SequenceOrder, TokenStream
+from trainer.data import SequenceOrder, TokenStream
 from trainer.guard import RunError
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
@@ -55,8 +58,8 @@ def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
     """Sizes are right, one bit is not: one rank meets it, and all end with its message."""
     stream = TokenStream(DataConfig(path=str(own_data)), "train")
     begin = SequenceOrder((stream.token_count - 1) // 192, 192, 0)[0]
-    shard_index, block = stream._spanner[(begin + 150) // stream.info.block_size]
-    shard = own_data / "train" / stream._shards[shard_index].raw_data.basename
+    shard_index, block = stream.blocks._spanner[(begin + 150) // stream.info.block_size]
+    shard = own_data / "train" / stream.blocks._shards[shard_index].raw_data.basename
     data = bytearray(shard.read_bytes())
     end = int.from_bytes(data[8 + 4 * block : 12 + 4 * block], "little")
     data[end - 3] ^= 1
@@ -74,17 +77,19 @@ def test_index_that_leaves_its_folder_is_refused(config_file, own_data):
     content = json.loads(index.read_text())
     content["shards"][0]["raw_data"]["basename"] = "../held_out/shard.00000.mds"
     index.write_text(json.dumps(content))
+    info = load_info(own_data)
+    info.splits["train"].index_sha256 = file_sha256(index)  # by one who knows the format
+    info.dump(own_data)
     with pytest.raises(ConfigError, match="outside its folder"):
         load_config(config_file, [f"data.path={own_data}"])
 
 
 def test_other_data_is_refused_on_resume(config_file, own_data):
     run(config_file, 1, "train.stop_after=1")
-    info = own_data / "dataset.json"
-    content = json.loads(info.read_text())
-    content["fingerprint"] = "another"
-    info.write_text(json.dumps(content))
-    with pytest.raises(AssertionError, match="is not the data that the run was trained on"):
+    info = load_info(own_data)
+    info.fingerprint = "another"
+    info.dump(own_data)
+    with pytest.raises(AssertionError, match=r"that the run in .* was trained on"):
         run(config_file, 1, f"data.path={own_data}")
 
 

@@ -51,6 +51,24 @@ def test_seed_decides_the_sample():
     )
 
 
+def test_only_likely_and_known_tokens_are_drawn():
+    """Of four with chances 0.5, 0.25, 0.15, 0.1."""
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**chosen: object) -> set[int]:
+        sampling = Sampling(**chosen)
+        return {int(sampling.draw(logits, generator)) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_p=0.7) == {0, 1}
+    assert drawn(top_p=0.4) == {0}
+    assert drawn(top_k=3, top_p=0.99) == {0, 1, 2}
+    assert drawn(known=torch.tensor([False, True, False, True])) == {1, 3}
+    assert drawn(known=torch.tensor([False, True, False, True]), temperature=0.0) == {1}
+    assert drawn(temperature=1e-30) == {0}
+
+
 @pytest.mark.parametrize(("prompt", "said"), [([], "the prompt is empty"), ([40], "has token 40")])
 def test_bad_prompts_are_told(prompt, said):
     with pytest.raises(ValueError, match=said):

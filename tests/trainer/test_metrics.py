@@ -49,13 +49,14 @@ def test_what_a_lost_run_wrote_after_its_checkpoint_is_dropped(tmp_path):
     writer.close()
     with folder.metrics.open("a") as f:
         f.write('{"step": 4, "lo')  # killed in the middle of a line
+    folder.forget_after(2)
     writer = MetricsWriter(folder, 2)
     writer.write({"step": 3, "loss": 30.0, "mfu": None})
     writer.close()
     assert [line["loss"] for line in read_lines(folder.metrics)] == [1.0, 2.0, 30.0]
-    board = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert board.Tags()["scalars"] == ["loss"]  # no step, and nothing that is not known
-    losses = {event.step: event.value for event in board.Scalars("loss")}
+    board = EventAccumulator(str(folder.tensorboard / tmp_path.name)).Reload()
+    assert board.Tags()["scalars"] == ["loss/train"]  # no step, and nothing that is not known
+    losses = {event.step: event.value for event in board.Scalars("loss/train")}
     assert losses == {1: 1.0, 2: 2.0, 3: 30.0}
 
 

@@ -1,0 +1,30 @@
+"""The field of a record that holds its text: by name, or by names with dots between."""
+
+from typing import Any
+
+
+def text_in(record: Any, field: str, where: str) -> str:
+    """The text. Raises ValueError that begins with `where` and says what there is instead."""
+    value, read = record, ""
+    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            inside = f" in {read!r}" if read else ""
+            raise ValueError(
+                f"{where}: no field {name!r}{inside} (it has: {has}): name the text's field with "
+                f"--field"
+            )
+        value, read = value[name], f"{read}.{name}".strip(".")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: field {field!r} is not UTF-8 ({error.reason})") from None
+    if not isinstance(value, str):
+        what = "null" if value is None else f"not a text but {type(value).__name__}"
+        raise ValueError(f"{where}: field {field!r} is {what}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {field!r} is not Unicode text ({error.reason})") from None
+    return value

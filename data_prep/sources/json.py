@@ -1,0 +1,88 @@
+"""A .json file: an array of records, or records one after another, on lines or over several."""
+
+import json as json_library
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep.sources import jsonl
+from data_prep.sources.fields import text_in
+from data_prep.sources.pieces import MARK, Faulty, File, Piece, Record, Text, decode, whole
+from data_prep.sources.storage import open_file
+
+SPACE = " \t\r\n"
+
+
+def plan(file: File, field: str) -> list[Piece]:
+    """Records on lines can be cut; else the file is one piece."""
+    from dataclasses import replace
+
+    with open_file(file.path, file.packing) as f:
+        first = f.read(1 << 20).removeprefix(MARK).lstrip()
+    if first.startswith(b"{"):
+        line = first.partition(b"\n")[0].decode(errors="replace")
+        try:
+            jsonl.parse(line)
+        except ValueError:
+            pass  # over several lines
+        else:
+            return jsonl.plan(replace(file, kind="jsonl"), field)
+    return [whole(file)]
+
+
+def read(piece: Piece, field: str) -> Iterator[Record]:
+    for file in piece.files:
+        with open_file(file.path, file.packing) as f:
+            data = f.read()
+        marked = data.startswith(MARK)
+        try:
+            text = decode(data[len(MARK) * marked :], file, len(MARK) * marked)
+        except ValueError as error:
+            yield Faulty(str(error))
+            continue
+        for at, value in _values(text, file.path):
+            if isinstance(value, Faulty):
+                yield value
+                continue
+            where = f"{file.path}:{text.count(chr(10), 0, at) + 1}"
+            try:
+                found = text_in(value, field, where)
+            except ValueError as error:
+                yield Faulty(str(error))
+            else:
+                yield Text(f"{file.name}:{at}", found, marked=marked)
+            marked = False
+
+
+def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
+    """(offset, value) of every record; the first that is no JSON is Faulty, and the last."""
+    decoder = json_library.JSONDecoder()
+    at = _skip(text, 0, SPACE)
+    array = text[at : at + 1] == "["
+    closed = not array
+    if array:
+        at = _skip(text, at + 1, SPACE)
+    while at < len(text):
+        if array and text[at] == "]":
+            at, closed = _skip(text, at + 1, SPACE), True
+            break
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error).split(";")[0]
+            bad = getattr(error, "pos", at)
+            yield at, Faulty(f"{path}:{text.count(chr(10), 0, bad) + 1}: not JSON ({reason})")
+            return
+        yield at, value
+        at = _skip(text, end, SPACE)
+        if array and text[at : at + 1] == ",":
+            at = _skip(text, at + 1, SPACE)
+    if at < len(text) or not closed:
+        line = text.count("\n", 0, at) + 1
+        why = "the array has no end" if not closed else "something after the array"
+        yield at, Faulty(f"{path}:{line}: not JSON ({why})")
+
+
+def _skip(text: str, at: int, characters: str) -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at

@@ -1,0 +1,151 @@
+"""Pieces of text to parts of tokens, by processes side by side; what is there already is kept."""
+
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.parts import PartWriter, Told, document_key, read_table
+from data_prep.sources import Faulty, Piece, Text, read
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+SHOWN = 60  # characters of a text that a tokenizer changes
+
+
+class Work(NamedTuple):
+    """A piece, where its tokens go, and how they are made."""
+
+    piece: Piece
+    part: Path
+    tokenizer: str
+    field: str
+    dtype: str
+    end_of_document: int | None
+
+
+@dataclass
+class Limits:
+    """How much may be wrong before the preparation stops."""
+
+    faulty: int  # records that are left out
+    changes: bool  # whether tokens need not decode to the text
+    left_out: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    lost: int = 0
+    marks: int = 0
+
+    def count(self, told: Told) -> None:
+        """Raises ValueError where it is too much."""
+        self.left_out += told.faulty
+        self.changed += told.changed
+        self.lost += told.lost
+        self.marks += told.marks
+        if self.lost > self.faulty:
+            first = "\n".join(self.left_out[:10])
+            if not self.faulty:
+                raise ValueError(f"{first}\n(--skip-faulty N leaves out up to N such records)")
+            raise ValueError(f"more than --skip-faulty {self.faulty} records are faulty:\n{first}")
+        if self.changed and not self.changes:
+            raise ValueError(
+                f"the tokenizer changes the text, so that its tokens are not the text: "
+                f"{self.changed[0]}: take another tokenizer, or say --allow-changes"
+            )
+
+
+def tokenize(work: list[Work], limits: Limits, workers: int, progress: bool) -> None:
+    """Make every part that is not there yet, at most 2 * workers pieces in flight.
+
+    Raises ValueError for the first record, or change, beyond the limits.
+    """
+    todo = []
+    for item in work:
+        if item.part.exists():
+            limits.count(read_table(item.part)[1])
+        else:
+            todo.append(item)
+    waiting: Iterator[Work | None] = iter(todo)
+    running: dict[Future[Told], int] = {}
+    # spawned: a forked child of a process with threads may deadlock
+    pool = ProcessPoolExecutor(min(workers, len(todo) or 1), mp_context=get_context("spawn"))
+    total = sum(item.piece.size_bytes for item in work)
+    done_before = total - sum(item.piece.size_bytes for item in todo)
+    bar = tqdm(
+        total=total,
+        initial=done_before,
+        unit="B",
+        unit_scale=True,
+        desc="tokenizing",
+        disable=not progress,
+        mininterval=1,
+    )
+    with pool, bar:
+        try:
+            while True:
+                while len(running) < 2 * workers and (next_work := next(waiting, None)):
+                    job = pool.submit(_tokenize, next_work, limits.changes)
+                    running[job] = next_work.piece.size_bytes
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for job in done:
+                    bar.update(running.pop(job))
+                    limits.count(job.result())
+        except BrokenProcessPool:
+            raise ValueError(
+                "a tokenizing worker was killed, probably for want of memory: "
+                "run again with fewer --workers; finished pieces are kept"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+_tokenizer = cache(load_tokenizer)  # once per process: a large one takes longer than a small piece
+
+
+def _tokenize(work: Work, changes: bool) -> Told:
+    tokenizer = _tokenizer(work.tokenizer)
+    writer = PartWriter(work.part, work.dtype)
+    told = Told([], [])
+    begun = False
+    for record in read(work.piece, work.field):
+        if isinstance(record, Faulty):
+            told.faulty.append(record.message)
+            told.lost += record.records
+            continue
+        told.marks += record.marked
+        begun |= record.starts
+        tokens = tokenizer.encode(record.text)
+        if not tokenizer.exact and (change := _change(record, tokenizer, tokens)):
+            told.changed.append(change)
+            if not changes:
+                return told  # it is refused, and no part is there to be taken for whole
+        if record.ends and work.end_of_document is not None and (len(tokens) or not record.starts):
+            tokens = np.append(tokens, np.uint32(work.end_of_document))
+        if len(tokens):
+            split = work.piece.files[0].split
+            decided = -1 if split is None else int(split == "held_out")
+            key = document_key(record.document)
+            writer.add(tokens, (len(record.text.encode()), begun, key, decided))
+            begun = False
+    writer.close(told)
+    return told
+
+
+def _change(record: Text, tokenizer: Tokenizer, tokens: np.ndarray) -> str | None:
+    """Where and how the tokens' text is not the text; None where it is."""
+    text, back = record.text, tokenizer.decode(tokens.tolist())
+    if back == text:
+        return None
+    pairs = zip(text, back, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(back)))
+    before = max(0, at - 10)
+    shown = f"{text[before : before + SHOWN]!r} becomes {back[before : before + SHOWN]!r}"
+    return f"{record.document}, character {at:,}: {shown}"

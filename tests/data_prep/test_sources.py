@@ -1,0 +1,278 @@
+"""Every kind of file gives the texts that are in it, or says what is wrong, and with which line."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.sources import Faulty, Selection, Text, pieces, plan, read
+from data_prep.write import Settings, prepare
+from tests.data_prep.test_data_prep import tokens_of
+
+TEXTS = ["first\nsecond", "", "ünï «»\u2028\u0085", '"quoted", {"a": 1}', "x" * 3000, "\ufeffmark"]
+
+
+def texts_of(selection: Selection, out: Path | None = None) -> list[str]:
+    """Documents in order; faults raise."""
+    documents: list[str] = []
+    for piece in plan(selection, out, []):
+        for record in read(piece, selection.field):
+            assert isinstance(record, Text), record
+            if record.starts:
+                documents.append("")
+            documents[-1] += record.text
+    return documents
+
+
+def faults_of(selection: Selection) -> list[Faulty]:
+    found = plan(selection, None, [])
+    records = [record for piece in found for record in read(piece, selection.field)]
+    return [record for record in records if isinstance(record, Faulty)]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+}
+
+
+def write(kind: str, folder: Path, texts: list[str]) -> Path:
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    path = folder / f"file.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "json lines":
+        path = folder / "lines.json"
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, ["id", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path = folder / "file.parquet"
+        pq.write_table(pa.table({"text": texts, "id": range(len(texts))}), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "json lines", "csv", "parquet"])
+def test_records_hold_what_was_written(kind, tmp_path):
+    path = write(kind, tmp_path, TEXTS)
+    assert texts_of(Selection((str(path),))) == TEXTS
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(max_size=200), min_size=1, max_size=5))
+@pytest.mark.parametrize("kind", ["jsonl", "json", "json lines", "csv"])
+def test_any_text_arrives(kind, texts, tmp_path_factory):
+    if kind == "csv":  # whose lines end in \r\n: a lone \r is one for its reader
+        texts = [text.replace("\r", "").replace("\0", "") for text in texts]
+    path = write(kind, tmp_path_factory.mktemp("any"), texts)
+    assert texts_of(Selection((str(path),))) == texts
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_packed_files_are_read(kind, packing, tmp_path, monkeypatch):
+    """In pieces smaller than themselves; and under names in capitals."""
+    plain = write(kind, tmp_path, TEXTS)
+    packed = tmp_path / f"PACKED.{kind}.{packing}".upper()
+    packed.write_bytes(PACKERS[packing](plain.read_bytes()))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
+    assert texts_of(Selection((str(packed),))) == TEXTS
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_packed_text_is_one_document_however_it_is_read(packing, tmp_path, monkeypatch):
+    text = "".join(f"line {i} äöü\n" for i in range(300)) + "é" * 3000
+    path = tmp_path / f"a.txt.{packing}"
+    path.write_bytes(PACKERS[packing](text.encode()))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1001)
+    assert texts_of(Selection((str(path),))) == [text]
+
+
+def test_a_torn_packed_file_is_named(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(os.urandom(5000).hex().encode())[:-3000])
+    with pytest.raises(ValueError, match=r"a\.txt\.gz cannot be unpacked after"):
+        texts_of(Selection((str(path),)))
+
+
+def test_nested_and_binary_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"doc": {"text": "in"}}\n')
+    assert texts_of(Selection((str(tmp_path / "a.jsonl"),), field="doc.text")) == ["in"]
+    pq.write_table(
+        pa.table({"doc": [{"text": "in"}], "raw": [b"b\xc3\xa9"]}), tmp_path / "a.parquet"
+    )
+    selection = Selection((str(tmp_path / "a.parquet"),), field="doc.text")
+    assert texts_of(selection) == ["in"]
+    assert texts_of(Selection((str(tmp_path / "a.parquet"),), field="raw")) == ["bé"]
+    (fault,) = faults_of(Selection((str(tmp_path / "a.jsonl"),), field="doc.body"))
+    assert "a.jsonl:1: no field 'body' in 'doc' (it has: text)" in fault.message
+
+
+# What is wrong with the second of three records, and what its message must hold.
+FAULTY = {
+    "torn": ("a.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "a.jsonl:2: not JSON"),
+    "digits": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"n": %b}\n{"text": "c"}\n' % (b"1" * 5000),
+        "a.jsonl:2",
+    ),
+    "deep": (
+        "a.jsonl",
+        b'{"text":"a"}\n%b\n{"text":"c"}\n' % (b"[" * 100_000),
+        "nested too deeply",
+    ),
+    "surrogate": ("a.jsonl", b'{"text":"a"}\n{"text":"\\ud800"}\n{"text":"c"}', "not Unicode text"),
+    "latin": ("a.jsonl", b'{"text":"a"}\n{"text":"\xe9"}\n{"text":"c"}', "a.jsonl:2: byte 0xe9"),
+    "field": (
+        "a.json",
+        b'[{"text":"a"},\n{"body":"b"},\n{"text":"c"}]',
+        "a.json:2: no field 'text'",
+    ),
+    "number": ("a.json", b'[{"text":"a"},\n{"text":5},\n{"text":"c"}]', "is not a text but int"),
+    "columns": ("a.csv", b"text,id\na,1\nb\nc,3\n", "a.csv:3: row 2 has 1 values, the header 2"),
+    "csv bytes": ("a.csv", b"text,id\na,1\n\xe9,2\nc,3\n", "row 2: column 'text' is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "said"), FAULTY.values(), ids=FAULTY)
+def test_a_faulty_record_is_named_and_need_not_stop_a_corpus(name, data, said, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(data)
+    (fault,) = faults_of(Selection((str(path),)))
+    assert said in fault.message
+    out = tmp_path / "out"
+    base = {"held_out": 0.0, "block_size": 8}
+    with pytest.raises(ValueError, match="--skip-faulty N leaves out"):
+        prepare(Selection((str(path),)), out, Settings(**base), 1, tell=None)
+    told: list[str] = []
+    chosen = Settings(**base, skip_faulty=1)
+    info = prepare(Selection((str(path),)), out, chosen, 1, tell=told.append)
+    assert tokens_of(out, "train") == b"ac"
+    assert info.left_out == [fault.message]
+    assert any("left out 1 faulty record" in line for line in told)
+
+
+def test_an_array_that_ends_too_soon_is_told(tmp_path):
+    for text, why in {"[1": "no end", '[{"text":"a"}] x': "something after", "[": "no end"}.items():
+        (tmp_path / "a.json").write_text(text)
+        assert any(
+            why in fault.message for fault in faults_of(Selection((str(tmp_path / "a.json"),)))
+        )
+
+
+def test_no_content_is_taken_for_another_kind(tmp_path):
+    """Text by any name is read; JSON, packed or binary files without their names are refused."""
+    (tmp_path / "wiki.train.tokens").write_text("plain [text] {as} it is\n")
+    assert len(texts_of(Selection((str(tmp_path / "wiki.train.tokens"),)))) == 1
+    looks = {
+        "records.data": (b'{"text": "a"}\n{"text": "b"}\n', "JSON"),
+        "array": (b"[1, 2]\n", "JSON"),
+        "packed": (gzip.compress(b"text"), "gzip"),
+        "image.png": (b"\x89PNG\r\n\0\0", "it holds zeros"),
+        "table": (b"PAR1....", "parquet"),
+    }
+    for name, (data, said) in looks.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} has no suffix .* looks like .*{said}"):
+            plan(Selection((str(tmp_path / name),)), None, [])
+    selection = Selection((str(tmp_path / "records.data"),), kind="jsonl")
+    assert texts_of(selection) == ["a", "b"]
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path):
+    folder = tmp_path / "text"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.txt", "b.md", "deep/c.txt", ".hidden"):
+        (folder / name).write_text(name)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.txt").write_text("d")
+    (folder / "deep" / "loop").symlink_to(folder)
+    notes: list[str] = []
+    chosen = Selection((str(folder),), include=("*.txt",), exclude=("deep/*",))
+    names = [f.name for piece in plan(chosen, None, notes) for f in piece.files]
+    assert names == ["a.txt", "link/d.txt"]
+    assert any("1 hidden files" in note for note in notes)
+    assert any("is a link to" in note for note in notes)
+    assert any("2 files are left out by --include and --exclude" in note for note in notes)
+    (folder / "broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="broken is a broken link"):
+        plan(Selection((str(folder),)), None, [])
+
+
+def test_its_own_output_is_never_a_source(tmp_path):
+    (tmp_path / "a.txt").write_text("text\n" * 50)
+    out = tmp_path / "prepared"
+    for _ in range(2):
+        prepare(Selection((str(tmp_path),)), out, Settings(block_size=8), 1, tell=None)
+    assert len(tokens_of(out, "train") + tokens_of(out, "held_out")) == 250
+
+
+def test_identity_is_content_and_not_time_or_place(tmp_path):
+    first, second = tmp_path / "one" / "a.txt", tmp_path / "two" / "a.txt"
+    for path in (first, second):
+        path.parent.mkdir()
+        path.write_text("text\n" * 50)
+    chosen = Settings(block_size=8)
+    info = prepare(Selection((str(first),)), tmp_path / "out", chosen, 1, tell=None)
+    os.utime(first, (1, 1))
+    again = prepare(Selection((str(second),)), tmp_path / "out", chosen, 1, tell=None)
+    assert again.fingerprint == info.fingerprint
+    stat = second.stat()
+    second.write_text("test\n" * 50)
+    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ValueError, match="was prepared from other sources"):
+        prepare(Selection((str(second),)), tmp_path / "out", chosen, 1, tell=None)
+
+
+def test_a_byte_order_mark_is_left_out_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\n" * 2)
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    told: list[str] = []
+    chosen = Settings(block_size=8, held_out=0.0)
+    prepare(Selection((str(tmp_path),)), tmp_path / "out", chosen, 1, tell=told.append)
+    assert tokens_of(tmp_path / "out", "train") == b"text\n\xef\xbb\xbftext\nrow"
+    assert "left out the byte-order marks at the beginning of 2 files" in told
+    (tmp_path / "c.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(ValueError, match="begins as UTF-16 does"):
+        prepare(Selection((str(tmp_path / "c.txt"),)), tmp_path / "o", chosen, 1, tell=None)
+
+
+def test_small_files_share_a_piece_and_stay_documents(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i:03}.txt").write_text(f"document {i}\n")
+    found = plan(Selection((str(tmp_path),)), None, [])
+    assert len(found) == 1
+    assert texts_of(Selection((str(tmp_path),))) == [f"document {i}\n" for i in range(300)]
+
+
+def test_addresses_are_sources_too(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "far"}\n')
+    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(b"away"))
+    assert texts_of(Selection((f"file://{tmp_path}/in",))) == ["far", "away"]
+    with pytest.raises(ValueError, match=r"holds no files|cannot be read"):
+        plan(Selection((f"file://{tmp_path}/nowhere",)), None, [])

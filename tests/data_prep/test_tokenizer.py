@@ -1,0 +1,179 @@
+"""Tokens decode to the text they are of, or the difference is told and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from data_prep.schema import load_info
+from data_prep.sources import Selection
+from data_prep.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from data_prep.write import Settings, prepare
+
+CORPUS = ["The scan carries é states over many shards; ünï, and so on.\n" * 20]
+
+
+def byte_level(**options: object) -> Tokenizer:
+    """As GPT-2's."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def llama() -> Tokenizer:
+    """As Llama's: spaces are characters, and unknown ones fall back to bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    saved = json.loads(tokenizer.to_str())
+    # bytes are tokens of the model alone, as in Llama's file
+    saved["added_tokens"] = [t for t in saved["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(saved))
+
+
+def with_state() -> Tokenizer:
+    """All that a file may carry along from its last use."""
+    tokenizer = byte_level(dropout=0.5)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=64)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A",
+        special_tokens=[("<|endoftext|>", end)],
+    )
+    return tokenizer
+
+
+KINDS = {"byte level": byte_level, "llama": llama, "with state": with_state}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JsonTokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for name, make in KINDS.items():
+        make().save(str(folder / f"{name}.json"))
+    return {name: JsonTokenizer(folder / f"{name}.json") for name in KINDS}
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=300))
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_comes_back(kind, text, tokenizers):
+    tokenizer = tokenizers[kind]
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens.tolist()) == text
+    stream = tokenizer.decode_stream()
+    assert "".join(map(stream.step, tokens.tolist())) + stream.end() == text
+    lengths = tokenizer.token_bytes()[tokens]
+    prefix = len(tokens) > 0 and kind == "llama"  # a space before the text, which is not of it
+    assert lengths.sum() - prefix == len(text.encode())
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.integers(0, 319), max_size=60))
+@pytest.mark.parametrize("kind", ["byte level", "llama", "bytes"])
+def test_whatever_a_model_draws_is_printed_to_its_end(kind, tokens, tokenizers):
+    """The same as at once, but for the places where bytes make no character."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else tokenizers[kind]
+    tokens = [token for token in tokens if token < tokenizer.vocab_size]
+    stream = tokenizer.decode_stream()
+    streamed = "".join(map(stream.step, tokens)) + stream.end()
+    at_once = tokenizer.decode(tokens)
+    assert streamed.replace("\ufffd", "") == at_once.replace("\ufffd", "") or "\ufffd" in at_once
+
+
+def test_what_stands_in_the_text_is_text(tokenizers):
+    """Special tokens are not found in it, state of the file does not shorten or fill it."""
+    tokenizer = tokenizers["with state"]
+    text = "<|endoftext|> and <|endoftext|> " * 10
+    tokens = tokenizer.encode(text).tolist()
+    assert tokenizer.token_id("<|endoftext|>") not in tokens
+    assert tokenizer.decode(tokens) == text
+    assert tokens == tokenizer.encode(text).tolist()  # no dropout
+
+
+def prepared(tokenizer: Tokenizer, folder: Path, text: str, **chosen: object) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "a.txt").write_text(text)
+    settings = Settings(str(folder / "tokenizer.json"), 0.0, 64, **chosen)
+    prepare(Selection((str(folder / "a.txt"),)), folder / "out", settings, 1, tell=None)
+    return folder / "out"
+
+
+def lossy() -> Tokenizer:
+    """Lower case, and what it does not know becomes nothing."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_unless_allowed(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.txt, character 4: 'the SCAN' becomes 'the scan'"):
+        prepared(lossy(), tmp_path, "the SCAN")
+    assert not (tmp_path / "out").exists()
+    out = prepared(lossy(), tmp_path, "the SCAN", allow_changes=True)
+    assert load_info(out).changed_texts == 1
+
+
+def test_characters_that_are_dropped_are_seen(tmp_path):
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    tokenizer.train_from_iterator(["abc abc"], trainer)
+    tokenizer.decoder = decoders.Fuse()
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        prepared(tokenizer, tmp_path, "abczabc")
+
+
+def test_a_folder_is_a_tokenizer_and_others_are_refused(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).vocab_size == byte_level().get_vocab_size()
+    for text in ("{}", "[]", "no json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json' (cannot be read|has no tokens)"):
+            load_tokenizer(str(tmp_path / "bad.json"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_documents_may_end_with_a_token(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    selection = Selection((str(tmp_path / "a.jsonl"),))
+    chosen = Settings(held_out=0.0, block_size=9, end_of_document="new")
+    info = prepare(selection, tmp_path / "out", chosen, 1, tell=None)
+    assert (info.vocab_size, info.end_of_document, info.dtype) == (257, 256, "uint16")
+    from data_prep.blocks import Blocks
+
+    tokens, starts = Blocks(str(tmp_path / "out"), "train").read(0)
+    assert tokens.tolist() == [*b"one", 256, *b"two", 256, 0]
+    assert starts.tolist() == [0, 4]  # the empty one has no tokens
+    with pytest.raises(ValueError, match="is not a token of bytes"):
+        prepare(selection, tmp_path / "o", Settings(end_of_document="</s>"), 1, tell=None)

@@ -1,0 +1,93 @@
+"""The verb generate: its options, what it prints, and where it ends."""
+
+import argparse
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.tokenizer import ByteTokenizer
+from launch.verbs import generate as verb
+from trainer.generate import Sampling
+
+
+def printed(text: str, stops: list[str]) -> str:
+    stream = ByteTokenizer().decode_stream()
+    return "".join(verb.until_stop(stream, list(text.encode()), stops))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("abé", max_size=40),
+    stops=st.lists(st.text("abé", min_size=1, max_size=5), max_size=3),
+)
+def test_text_ends_before_the_first_stop(text, stops):
+    """The first that is complete: what would come after it is never drawn."""
+    whole = text
+    for end in range(len(text) + 1):
+        if at := [text[:end].find(stop) for stop in stops if stop in text[:end]]:
+            text = text[: min(at)]
+            break
+    assert printed(whole, stops) == text
+
+
+def test_a_stop_that_only_begins_is_text():
+    assert printed("one END", ["END."]) == "one END"
+    assert printed("one END. two", ["END."]) == "one "
+
+
+def test_bytes_that_no_next_token_completes_are_shown():
+    stream = ByteTokenizer().decode_stream()
+    assert "".join(verb.until_stop(stream, [65, 0xC3], [])) == "A\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0 is not a number from 0 on"),
+        ({"temperature": float("nan")}, "temperature nan is not"),
+        ({"temperature": float("inf")}, "temperature inf is not"),
+        ({"top_k": -1}, "top-k -1 is negative"),
+        ({"top_p": 0.0}, "top-p 0.0 is not above 0"),
+        ({"top_p": 1.5}, "top-p 1.5 is not above 0"),
+        ({"seed": -1}, "seed -1 is not from 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(chosen, said):
+    with pytest.raises(ValueError, match=said):
+        Sampling(**chosen)
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    verb.arguments(parser)
+    return verb.run(parser.parse_args(arguments))
+
+
+def test_faults_of_the_command_come_before_any_model(tmp_path):
+    with pytest.raises(ValueError, match="--max-tokens 0 is not positive"):
+        run("nowhere", "--prompt", "a", "--max-tokens", "0")
+    with pytest.raises(ValueError, match="--stop is empty"):
+        run("nowhere", "--prompt", "a", "--stop", "")
+    (tmp_path / "latin").write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(ValueError, match="latin:2: byte 0xe9 is not UTF-8"):
+        run("nowhere", "--prompt-file", str(tmp_path / "latin"))
+
+
+def test_a_prompt_is_read_unchanged(tmp_path, monkeypatch):
+    data = b"\xef\xbb\xbfone\r\ntwo\r"
+    (tmp_path / "prompt").write_bytes(data)
+    assert verb._read(str(tmp_path / "prompt")).encode() == data
+    with (tmp_path / "prompt").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert verb._read("-").encode() == data
+
+
+def test_a_long_prompt_shows_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(verb, "LONG_PROMPT_SECONDS", 0.0)
+    with verb._Reading(10_000) as reading:
+        reading.show(4096)
+        assert "reading the prompt: 4,096 of 10,000 tokens" in capsys.readouterr().err
+        reading.show(10_000)
+    assert capsys.readouterr().err.endswith("\r")

@@ -1,0 +1,180 @@
+"""A run's folder tells the truth of its settings, step and files, whatever became of them."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.runs import figures, of_kind, run, started_at, warnings
+from tests.trainer.test_resume import _assert_identical, _state
+from trainer.events import Started
+from trainer.run_folder import RunFolder, read_lines
+
+BASE = ["train.steps=4", "checkpoint.every=2", "checkpoint.keep=3", "evaluate.sequences=2"]
+
+
+def changed(events: list) -> tuple[str, ...]:
+    return of_kind(events, Started)[0].changed
+
+
+@pytest.mark.slow
+def test_settings_that_change_are_obeyed_listed_and_kept(config_file, tmp_path):
+    """Alike on the same workers and on others; AdamW's own come along in a checkpoint."""
+    options = [*BASE, "evaluate.sequences=0", "optim.warmup_steps=0", "optim.learning_rate=0.02"]
+    other = ["optim.weight_decay=5.0", "optim.beta1=0.5", "optim.eps=1e-3"]
+    weights = []
+    for number, workers in enumerate((1, 2)):
+        here = f"run.dir={tmp_path / str(number)}"
+        run(config_file, 1, *options, here, "train.stop_after=2")
+        sharded = ["parallel.sp=2"] if workers == 2 else []
+        again = run(config_file, workers, *options, *other, *sharded, here)
+        told = " ".join(changed(again))
+        assert "optim.weight_decay 0.1 -> 5.0" in told
+        assert "optim.beta1 0.9 -> 0.5" in told
+        assert "train.stop_after 2 -> None" in told
+        history = read_lines(RunFolder(tmp_path / str(number)).history)
+        assert [line["config"]["optim"]["weight_decay"] for line in history] == [0.1, 5.0]
+        weights.append(figures(again))
+    for one, two in zip(*weights, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    straight = run(config_file, 1, *options, f"run.dir={tmp_path / 'as before'}")
+    assert figures(straight)[-1][0] != pytest.approx(weights[0][-1][0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_schedule_that_is_drawn_anew_is_told(config_file):
+    run(config_file, 1, *BASE)
+    again = run(config_file, 1, *BASE, "train.steps=40")
+    assert "train.steps 4 -> 40" in changed(again)
+    assert any("the schedule of the learning rate was changed" in told for told in warnings(again))
+    assert changed(run(config_file, 1, *BASE, "train.steps=40")) == ()
+
+
+@pytest.mark.slow
+def test_a_result_belongs_to_its_step_and_goes_with_it(config_file):
+    folder = RunFolder(config_file.parent / "run")
+    run(config_file, 1, *BASE)
+    first = json.loads(folder.result.read_text())
+    folder.report.write_text("of the whole run")
+    shutil.rmtree(folder.checkpoint(4))
+    again = run(config_file, 1, *BASE, "train.stop_after=1", "optim.learning_rate=0.1")
+    assert started_at(again) == 2
+    assert not folder.result.exists()
+    assert not folder.report.exists()
+    run(config_file, 1, *BASE, "optim.learning_rate=0.1")
+    assert json.loads(folder.result.read_text())["loss"] != first["loss"]
+    assert [line["step"] for line in read_lines(folder.evaluations)] == [4]
+
+
+@pytest.mark.slow
+def test_going_back_to_a_step_leaves_what_came_after(config_file):
+    folder = RunFolder(config_file.parent / "run")
+    straight = run(config_file, 1, *BASE)
+    again = run(config_file, 1, *BASE, "checkpoint.resume_step=2", "train.stop_after=1")
+    assert started_at(again) == 2
+    assert any("step-000004 is put aside" in told for told in warnings(again))
+    assert [path.name for path in folder.saved()] == ["step-000003", "step-000002"]
+    third = run(config_file, 1, *BASE)
+    assert started_at(third) == 3
+    assert figures(straight)[2:] == figures(again) + figures(third)
+    with pytest.raises(AssertionError, match="has no checkpoint of that step"):
+        run(config_file, 1, *BASE, "checkpoint.resume_step=1")
+
+
+def test_foreign_names_are_left_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    for name in ("step-000003", "step-000003-best", "step-x", "notes", "step-000010.damaged"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    (folder.checkpoints / "step-000012").write_text("a file")
+    (folder.checkpoints / "step-1000000").mkdir()
+    assert [path.name for path in folder.saved()] == ["step-1000000", "step-000003"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["a file more", "another manifest"])
+def test_what_this_run_has_not_written_is_not_loaded(config_file, tmp_path, how):
+    """DeepSpeed's files are pickles: one that is not listed, or listed by another, would run."""
+    folder = RunFolder(config_file.parent / "run")
+    run(config_file, 1, *BASE)
+    newest, trace = folder.checkpoint(4), tmp_path / "trace"
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(trace),))
+
+    if how == "a file more":
+        (newest / "deepspeed" / "more.pt").write_bytes(pickle.dumps(Evil()))
+        said = "more.pt is not in its manifest"
+    else:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["files"].popitem()
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        said = "is not one that this run has written"
+    again = run(config_file, 1, *BASE)
+    assert started_at(again) == 2
+    assert any(said in told for told in warnings(again))
+    assert not trace.exists()
+
+
+def mutate(folder: RunFolder, dice: random.Random) -> str:
+    """Change one of the files beside the checkpoints, or of the newest one; what was done."""
+    beside = [p for p in folder.path.iterdir() if p.is_file() and p.name != "lock"]
+    inside = [p for p in folder.saved()[0].rglob("*") if p.is_file()]
+    path = dice.choice(sorted(beside) if dice.random() < 0.7 else sorted(inside))
+    data = path.read_bytes()
+    how = dice.choice(["cut", "empty", "remove", "zeros", "twice", "swapped", "nonsense"])
+    at = dice.randrange(len(data) or 1)
+    lines = data.splitlines(keepends=True)
+    made = {
+        "cut": data[:at],
+        "empty": b"",
+        "zeros": data[:at] + bytes(8) + data[at + 8 :],
+        "twice": data + data,
+        "swapped": b"".join(reversed(lines)),
+        "nonsense": data[:at] + b'{"step": "x"}\n[1]\n' + data[at:],
+    }
+    path.write_bytes(made.get(how, data))
+    if how == "remove":
+        path.unlink()
+    return f"{how} {path.relative_to(folder.path)}"
+
+
+def go_on_bitwise_or_say_why(config_file: Path, seeds: range) -> dict[str, int]:
+    """How many mutated folders went on to the bit, and how many were refused in one sentence."""
+    options = [*BASE, "train.steps=6"]
+    folder, straight = RunFolder(config_file.parent / "run"), config_file.parent / "straight"
+    undisturbed = figures(run(config_file, 1, *options, f"run.dir={straight}"))
+    run(config_file, 1, *options, "train.stop_after=3")
+    kept = config_file.parent / "kept"
+    shutil.copytree(folder.path, kept)
+    counts = {"went on": 0, "refused": 0}
+    for seed in seeds:
+        shutil.rmtree(folder.path)
+        shutil.copytree(kept, folder.path)
+        done = mutate(folder, random.Random(seed))
+        try:
+            again = run(config_file, 1, *options)
+        except AssertionError as error:
+            last = str(error).strip().splitlines()[-1]
+            counts["refused" if str(folder.path) in last else f"{done}: {error}"] += 1
+            continue
+        assert undisturbed[started_at(again) :] == figures(again), done
+        _assert_identical(_state(folder.path), _state(straight))
+        counts["went on"] += 1
+    return counts
+
+
+@pytest.mark.slow
+def test_a_damaged_folder_goes_on_to_the_bit_or_says_why(config_file):
+    counts = go_on_bitwise_or_say_why(config_file, range(10))
+    assert counts["went on"] >= 5
+
+
+@pytest.mark.soak
+def test_many_damaged_folders(config_file, record_property):
+    counts = go_on_bitwise_or_say_why(config_file, range(130))
+    record_property("run folders", json.dumps(counts))

@@ -1,0 +1,122 @@
+"""What a start finds in the run's folder: what was changed, and the checkpoint to go on from."""
+
+import shutil
+import time
+from dataclasses import asdict
+
+from data_prep.blocks import Blocks
+from trainer import checkpoint
+from trainer.checkpoint import Saved
+from trainer.config import Config, dump_config, load_dumped
+from trainer.goodput import Submission
+from trainer.optim import learning_rate
+from trainer.run_folder import RunFolder, add_line, read_lines
+from trainer.settings import get, leaves_of
+from trainer.storage import Mirror
+from trainer.worker import Worker
+
+
+def open_folder(worker: Worker, data: Blocks) -> list[str]:
+    """Make the folder and what its readers need; on rank 0, what has changed since the last start.
+
+    Files that cannot be read are set aside, and told. Raises ValueError where it cannot be written
+    or is not seen by all.
+    """
+    folder, config = RunFolder(worker.config.run.dir), worker.config
+    changed: list[str] = []
+
+    def write() -> None:
+        try:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            for told in folder.mend():
+                worker.warn(told)
+            changed.extend(_changes(folder, config))
+            dump_config(config, folder.config)
+            for copy in (folder.data, folder.tokenizer):
+                if (original := data.folder / copy.name).exists():
+                    shutil.copy(original, copy)  # with its permissions
+        except OSError as error:
+            raise folder.unwritable(error) from None
+
+    def check() -> None:
+        if not folder.path.is_dir():
+            raise ValueError(
+                f"run.dir {folder.path} is not visible to worker {worker.topology.rank}: "
+                f"use a folder that all workers share"
+            )
+
+    worker.topology.on_first(write)
+    worker.topology.together(check)
+    return changed
+
+
+def _changes(folder: RunFolder, config: Config) -> list[str]:
+    """Settings that are not those of the last start, old and new; the history has all of them."""
+    before = load_dumped(folder.config) if folder.resumes() else None
+    names = [name for name, _ in leaves_of(Config)]
+    different = [n for n in names if before and get(before, n) != get(config, n)]
+    if before is None or different or not folder.history.exists():
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        add_line(folder.history, {"at": at, "config": asdict(config)})
+    return [f"{name} {get(before, name)} -> {get(config, name)}" for name in different]
+
+
+def redrawn(folder: RunFolder, config: Config, step: int) -> str | None:
+    """Where the learning rate jumps, because its schedule was changed between two starts."""
+    lines = read_lines(folder.metrics)
+    if not lines or step >= config.train.steps:
+        return None
+    before = lines[-1]["learning_rate"]
+    steps = config.train.steps
+    now = learning_rate(step, steps, config.optim)
+    follows = abs(now - learning_rate(step - 1, steps, config.optim))
+    if abs(now - before) <= 2 * follows + 1e-3 * before:
+        return None
+    return (
+        f"the schedule of the learning rate was changed: it is {now:.3g} from here on, and was "
+        f"{before:.3g} at step {step}"
+    )
+
+
+def find_checkpoint(
+    worker: Worker, submission: Submission, data: Blocks
+) -> tuple[Saved | None, Mirror | None]:
+    """The checkpoint to go on from, and where others are kept.
+
+    Raises ValueError where what is there cannot be gone on from.
+    """
+    topology, config = worker.topology, worker.config
+    folder, settings = RunFolder(config.run.dir), config.checkpoint
+    worker.pulse.now("looking for a checkpoint")
+    remote = settings.remote
+    mirror = topology.together(lambda: Mirror(remote)) if remote else None
+    if settings.resume_step is not None:
+        wanted = settings.resume_step
+
+        def go_back() -> None:
+            for path in checkpoint.go_back(folder, wanted, submission.at):
+                worker.warn(f"going back to step {wanted}: {path} is put aside")
+                if mirror:
+                    mirror.withdraw(path.name)
+
+        topology.on_first(go_back)
+    elif mirror:
+        checkpoint.fetch(folder, mirror, topology)
+    saved = checkpoint.find(folder, topology, worker.warn)
+    if saved:
+        _check_resume(saved, config, data)
+    return saved, mirror
+
+
+def _check_resume(saved: Saved, config: Config, data: Blocks) -> None:
+    manifest = saved.manifest
+    if manifest.step > config.train.steps:
+        raise ValueError(
+            f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
+            f"{config.run.dir} has reached: raise it, or choose another run.dir"
+        )
+    if manifest.data_fingerprint != data.info.fingerprint:
+        raise ValueError(
+            f"data.path {data.folder} is not the data that the run was trained on: its order "
+            f"would be another; give back the same data, or choose another run.dir"
+        )
