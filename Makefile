@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall test-faults test-containers bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -51,6 +51,12 @@ test-faults: setup
 test-containers: setup
 	$(RUN) -m pip install --quiet podman-compose==1.6.0
 	$(RUN) -m pytest -m soak -s tests/launch/test_containers.py
+
+# Texts, tokenizers, configurations, prepared folders and run folders made at random: ten minutes.
+fuzz: setup
+	LONGHAUL_FUZZ=1000 $(RUN) -m pytest -m "soak or not slow" tests/data_prep/test_sources.py \
+		tests/data_prep/test_split.py tests/data_prep/test_tokenizer.py tests/data_prep/test_at_rest.py \
+		tests/launch/test_generate.py tests/trainer/test_config.py tests/trainer/test_run_folder.py
 
 # The figures of tests/benchmarks/results, measured again: about eight quiet minutes on two cores.
 bench: setup

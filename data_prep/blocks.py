@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from data_prep.mds import CloudDownloader, Spanner, Stream, World
 from data_prep.schema import INFO_NAME, TOKENIZER_NAME, DatasetInfo, file_faults, load_info
 
 
@@ -37,10 +38,6 @@ class Blocks:
         self.info = _fetch_info(remote, self.folder) if remote else load_info(self.folder)
         self.split = split
         self.bytes_read = 0
-        from streaming.base.spanner import Spanner
-        from streaming.base.stream import Stream
-        from streaming.base.world import World
-
         if not remote and (faults := file_faults(self.folder, split, self.info)):
             raise DataError("\n".join(faults))
         self._stream = Stream(
@@ -103,8 +100,6 @@ def _fetch_info(remote: str, cache: Path) -> DatasetInfo:
 
     Raises DataError where it cannot be fetched, or where the cache holds other data.
     """
-    from streaming.base.storage.download import CloudDownloader
-
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
         downloader = CloudDownloader.get(remote)

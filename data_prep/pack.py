@@ -95,7 +95,7 @@ def pack(
     stream: Iterator[Chunk], info: DatasetInfo, split: str, folder: Path, shard_bytes: int
 ) -> SplitInfo:
     """Write one split's MDS shard files, in order, in place of half-written ones."""
-    from streaming import MDSWriter  # imports torch: only the packing process should
+    from data_prep.mds import MDSWriter  # imports torch: only the packing process should
 
     shutil.rmtree(folder, ignore_errors=True)
     counts = SplitInfo()

@@ -1,13 +1,12 @@
 """Pieces of text to parts of tokens, by processes side by side; what is there already is kept."""
 
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Never
 
 import numpy as np
 from tqdm import tqdm
@@ -70,27 +69,36 @@ def tokenize(work: list[Work], limits: Limits, workers: int, progress: bool) -> 
             limits.count(read_table(item.part)[1])
         else:
             todo.append(item)
-    waiting: Iterator[Work | None] = iter(todo)
-    running: dict[Future[Told], int] = {}
-    # spawned: a forked child of a process with threads may deadlock
-    pool = ProcessPoolExecutor(min(workers, len(todo) or 1), mp_context=get_context("spawn"))
     total = sum(item.piece.size_bytes for item in work)
-    done_before = total - sum(item.piece.size_bytes for item in todo)
     bar = tqdm(
         total=total,
-        initial=done_before,
+        initial=total - sum(item.piece.size_bytes for item in todo),
         unit="B",
         unit_scale=True,
         desc="tokenizing",
         disable=not progress,
         mininterval=1,
     )
-    with pool, bar:
+    with bar:
+        if min(workers, len(todo)) > 1:
+            _side_by_side(todo, limits, workers, bar)
+        else:  # no other process need be started
+            for item in todo:
+                limits.count(_tokenize(item, limits.changes))
+                bar.update(item.piece.size_bytes)
+
+
+def _side_by_side(todo: list[Work], limits: Limits, workers: int, bar: "tqdm[Never]") -> None:
+    waiting = iter(todo)
+    running: dict[Future[Told], int] = {}
+    # spawned: a forked child of a process with threads may deadlock
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
+    with pool:
         try:
             while True:
-                while len(running) < 2 * workers and (next_work := next(waiting, None)):
-                    job = pool.submit(_tokenize, next_work, limits.changes)
-                    running[job] = next_work.piece.size_bytes
+                while len(running) < 2 * workers and (item := next(waiting, None)):
+                    job = pool.submit(_tokenize, item, limits.changes)
+                    running[job] = item.piece.size_bytes
                 if not running:
                     return
                 done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -66,6 +66,11 @@ class Refused:
     message: str
 
 
+@dataclass(frozen=True)
+class Connected:
+    """There is a Ray to speak with."""
+
+
 class Seen:
     """What is known of a worker while it runs."""
 
@@ -86,6 +91,7 @@ def serve(pipe: Connection) -> None:
     except LaunchError as error:
         pipe.send(Refused(str(error)))
         return
+    pipe.send(Connected())
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray would end here; the command asks
     import ray
 

@@ -24,6 +24,7 @@ from trainer.config import Config
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray inside `ray job submit`
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_NCCL_")  # what a user sets of the collectives
 SETTLE_SECONDS = 5
+REACH_SECONDS = 5.0  # for a cluster's address to answer
 START_SECONDS = 120  # for a process to be started on a machine that has room for it
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 
@@ -47,7 +48,8 @@ def connect(config: Config) -> None:
     root = str(Path(__file__).resolve().parents[1])
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else a warning about CUDA devices
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_reachable(address)
         import ray
 
         # inside a job the working directory has been uploaded already
@@ -55,10 +57,7 @@ def connect(config: Config) -> None:
         try:
             ray.init(runtime_env=environment, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LaunchError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({error}): "
-                f"start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine"
-            ) from None
+            raise LaunchError(no_cluster(str(error))) from None
         return
     # Read when Ray is imported: without the first it would bind to the network's address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -80,6 +79,30 @@ def connect(config: Config) -> None:
         runtime_env={"env_vars": {"PYTHONPATH": root}},
         **quiet,
     )
+
+
+def no_cluster(reason: str) -> str:
+    """What a person is told."""
+    return (
+        f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({reason}): "
+        f"start one with `ray start --head`, or unset RAY_ADDRESS to run on this machine"
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes. Raises LaunchError where nobody listens there."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, or a name that is Ray's to understand
+    deadline = time.monotonic() + REACH_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(no_cluster(str(error))) from None
+        time.sleep(0.5)
 
 
 def rooms(config: Config) -> Rooms:

@@ -9,26 +9,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from glob import glob
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from launch.driver import GangEnd, Outcome, Refused
-from launch.gang import LaunchError
-from trainer.config import Config
+from launch.driver import Connected, GangEnd, Outcome, Refused
+from launch.gang import LaunchError, no_cluster
+from trainer.config import Config, LaunchConfig
 from trainer.events import Event, Started, Stop, Warned
 from trainer.goodput import Submission
 
+CONNECT_SECONDS = 60  # for a Ray of our own to start, or a cluster to answer
 START_DRIVER = "from launch.driver import main; main()"
 
 
-def place_faults(paths: Iterable[tuple[str, str]]) -> list[str]:
-    """What cannot work where the workers will be: relative paths mean nothing on other machines.
+def place_faults(paths: Iterable[tuple[str, str]], launch: LaunchConfig) -> list[str]:
+    """What cannot work where the workers will be.
 
-    `paths` are (key, value) of what the workers read and write.
+    GPUs that this machine has not, if it is this one; else relative paths, which mean nothing on
+    other machines. `paths` are (key, value) of what the workers read and write.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        return []
+        wanted, found = launch.workers * launch.gpus_per_worker, len(glob("/dev/nvidia[0-9]*"))
+        each = f"{launch.gpus_per_worker:g} for each of {launch.workers} workers"
+        gpus = f"launch.gpus_per_worker: {each}, but this machine has {found} GPUs: set 0 to train "
+        return [f"{gpus}without, or RAY_ADDRESS to use a cluster's"] if wanted > found else []
     return [
         f"{key}: {value} is relative, but workers of a cluster start in folders of their own that "
         f"are deleted: give an absolute path on storage that all of them share"
@@ -42,6 +48,9 @@ def make_absolute(config: Config) -> None:
     config.run.dir = str(Path(config.run.dir).absolute())
     if "://" not in config.data.path:
         config.data.path = str(Path(config.data.path).absolute())
+    remote = config.checkpoint.remote
+    if remote and "://" not in remote:
+        config.checkpoint.remote = str(Path(remote).absolute())
 
 
 def run_job(
@@ -117,6 +126,7 @@ class _Driver:
     """The process that speaks with Ray, from here."""
 
     def __init__(self) -> None:
+        self._connected = False
         self._pipe, theirs = Pipe()
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (see close)
         root = str(Path(__file__).resolve().parents[1])
@@ -141,9 +151,14 @@ class _Driver:
     ) -> GangEnd | Refused | None:
         """Run one gang to its end; None where the driver itself was lost."""
         asked = False
+        deadline = time.monotonic() + CONNECT_SECONDS
         try:
             self._pipe.send((config, submission))
             while True:
+                if not self._connected and (time.monotonic() > deadline or should_stop()):
+                    self._process.send_signal(signal.SIGHUP)  # it would try for minutes
+                    waited = f"Ray did not answer within {CONNECT_SECONDS} s"
+                    return Refused(no_cluster(waited) if "RAY_ADDRESS" in os.environ else waited)
                 if should_stop() and not asked:
                     asked = True
                     self._pipe.send(Stop.NOW)
@@ -152,6 +167,9 @@ class _Driver:
                 message: Any = self._pipe.recv()
                 if isinstance(message, GangEnd | Refused):
                     return message
+                if isinstance(message, Connected):
+                    self._connected = True
+                    continue
                 on_event(message)
         except (EOFError, OSError):
             return None

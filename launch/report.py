@@ -68,6 +68,8 @@ def _summary(run: _Record) -> str:
         f"tokens on {config.launch.workers} workers (sp={config.parallel.sp}), "
         f"median {speed:,.0f} tokens/s"
     ]
+    if risen := risen_loss(run.metrics):
+        lines.append(f"warning: {risen}")
     if run.result:
         lines.append(f"\nHeld-out loss on {run.result['tokens']:,} tokens:")
         lines += [
@@ -75,6 +77,21 @@ def _summary(run: _Record) -> str:
             for name, row in _models(run)
         ]
     return "\n".join(lines)
+
+
+def risen_loss(metrics: list[Line]) -> str | None:
+    """That a run has learned nothing: its losses at the end are above those of its beginning."""
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]
+    count = min(10, len(losses) // 2)
+    if not count:
+        return None
+    first, last = (statistics.mean(part) for part in (losses[:count], losses[-count:]))
+    if last <= first:
+        return None
+    return (
+        f"The loss ended above where it began: {last:.3f} nats over the last {count} steps, "
+        f"{first:.3f} over the first"
+    )
 
 
 def _models(run: _Record) -> list[tuple[str, Line]]:
@@ -97,6 +114,7 @@ def _page(run: _Record) -> Iterator[str]:
         *table("", ("",), _figures(run.folder, config, metrics)),
         f"![loss]({run.folder.curve.name})",
         "",
+        *([f"**{risen}**", ""] if (risen := risen_loss(metrics)) else []),
     )
     if run.result:
         yield from (

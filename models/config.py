@@ -1,10 +1,13 @@
 """The shape of a language model. Importing this file imports no torch, so a check is instant."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from models.mixers import MIXERS, Fault
+
+MOST_PARAMETERS = 2e12
 
 
 @dataclass
@@ -74,6 +77,20 @@ class ModelConfig:
             dict.fromkeys(fault for entry in entries for fault in entry.sp_faults(self, sp))
         )
 
+    def _too_large(self) -> str | None:
+        """Before anything is built: what no machine holds, with the memory that it would take."""
+        if not all(math.isfinite(x) for x in (self.expansion, self.mlp_ratio)):
+            return None  # told elsewhere
+        matrices = 3 * self.state_width + 3 * self.mlp_width
+        numbers = self.width * (self.layers * matrices + 2 * self.vocab_size)
+        if numbers <= MOST_PARAMETERS:
+            return None
+        return (
+            f"{self.layers:,} layers of width {self.width:,} with {self.vocab_size:,} tokens are "
+            f"about {numbers:.1e} parameters, {numbers * 16 / 2**40:,.0f} TiB with gradients and "
+            f"optimizer: lower model.layers, model.width or model.vocab_size"
+        )
+
     def _general_faults(self) -> Iterator[Fault]:
         names = [self.mixer] if isinstance(self.mixer, str) else self.mixer
         if not isinstance(names, (list, tuple)) or not names:
@@ -90,6 +107,9 @@ class ModelConfig:
         for field in ("layers", "width", "vocab_size"):
             if getattr(self, field) < 1:
                 yield field, f"{getattr(self, field)} is not positive"
+        if fault := self._too_large():
+            largest = max(("layers", "width", "vocab_size"), key=lambda name: getattr(self, name))
+            yield largest, fault
         if self.expansion <= 0:
             yield "expansion", f"{self.expansion} is not positive"
         if self.conv_width < 0 or self.conv_width == 1:

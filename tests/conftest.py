@@ -8,13 +8,33 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings as examples
 
 from data_prep.sources import Selection
 from data_prep.write import Settings, prepare
+from tests.benchmarks import results
+
+# `make fuzz` asks for more
+examples.register_profile(
+    "tests", max_examples=int(os.environ.get("LONGHAUL_FUZZ", "25")), deadline=None
+)
+examples.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def fuzz_counts(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
+    """What `make fuzz` has tried: rows of tests/benchmarks/results/fuzz_*.md, if nothing failed."""
+    rows: list[dict[str, object]] = []
+    circumstances = results.circumstances().splitlines()[1:]
+    yield rows
+    if rows and not request.session.testsfailed:
+        said = ["# Inputs made at random", "", "- command: `make fuzz`", *circumstances, ""]
+        results.result_path("fuzz", ".md").write_text("\n".join([*said, results.table(rows)]))
 
 
 @pytest.fixture(autouse=True)

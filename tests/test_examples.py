@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import free_port
+from tests.trainer.runs import run as train
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 
 
-def example(page: str) -> str:
-    """The one Python block of a page."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    return code
+def example(page: str, number: int = 0) -> str:
+    """A Python block of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[number]
 
 
 def run(code: str, tmp_path: Path, *command: str) -> None:
@@ -46,3 +46,14 @@ def test_a_mixer_in_a_model_of_ones_own_and_sharded_over_two_processes(tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     run(sharded, tmp_path, *torchrun, *address)
+
+
+def test_the_weights_of_a_run_alone(config_file, tmp_path):
+    """In fp32 though it was trained in bf16; they are those that the optimizer holds."""
+    train(config_file, 1, "train.steps=2", "train.dtype=bf16", "evaluate.sequences=0")
+    path = config_file.parent / "run/checkpoints/step-000002/model.safetensors"
+    written = example("models/README.md", 1)
+    code = re.sub(r'path = "[^"]*"', f'path = "{path}"', written)
+    code += "assert all(p.dtype.itemsize == 4 for p in model.parameters())\n"
+    code += "assert any((p != p.bfloat16()).any() for p in model.parameters())\n"
+    run(code, tmp_path)

@@ -117,6 +117,14 @@ def data_fingerprint(config: Config) -> str | None:
         return None
 
 
+def data_vocabulary(config: Config) -> int | None:
+    """How many tokens the data have, where they lie on this machine."""
+    try:
+        return load_info(config.data.path).vocab_size
+    except ValueError:
+        return None
+
+
 def info_faults(config: Config, info: DatasetInfo) -> Iterator[Fault]:
     """(key, what is wrong) where the run does not fit the data; workers ask it for a URL's."""
     data = config.data

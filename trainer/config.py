@@ -13,24 +13,26 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import write_whole
 from models.config import ModelConfig
-from trainer.checks import data_faults, resume_faults, value_faults
+from trainer.checks import data_faults, data_vocabulary, resume_faults, value_faults
 from trainer.layout import Layout
 from trainer.run_folder import RunFolder
-from trainer.settings import ConfigError, merge, not_negative, one_of, positive
+from trainer.settings import ConfigError, file_path, merge, not_negative, one_of, positive
+
+LONG = 1e8  # seconds, three years
 
 
 @dataclass
 class RunConfig:
-    dir: str = "runs/run"  # everything the run writes goes here
+    dir: str = file_path("runs/run")  # everything the run writes goes here
     seed: int = not_negative(0)  # of the initial weights and of the order of sequences
     # stop in good order, as a pre-emption would, so long after the command was given
-    max_seconds: float | None = positive(None)
+    max_seconds: float | None = positive(None, most=LONG)
 
 
 @dataclass
 class DataConfig:
-    path: str = "data/stdlib"  # a folder of data_prep, or a URL that Streaming can read
-    cache: str | None = None  # local folder for the MDS shard files of a URL
+    path: str = file_path("data/stdlib")  # a folder of data_prep, or a URL that Streaming can read
+    cache: str | None = file_path(None)  # local folder for the MDS shard files of a URL
     reset_state: bool = False  # clear states where a document starts
     shift: bool = False  # every epoch cuts its sequences from another token on
 
@@ -38,7 +40,8 @@ class DataConfig:
 @dataclass
 class ParallelConfig:
     sp: int = positive(1)  # ranks that share one sequence
-    timeout_seconds: float = positive(600.0)  # a collective that takes longer is an error
+    # a collective that takes longer is an error
+    timeout_seconds: float = positive(600.0, most=LONG)
 
 
 @dataclass
@@ -78,7 +81,7 @@ class OptimConfig:
 class CheckpointConfig:
     every: int = positive(100)  # steps; the last step is always saved
     # and as soon as so many seconds have passed since the last one
-    every_seconds: float | None = positive(None)
+    every_seconds: float | None = positive(None, most=LONG)
     # lost workers per day, of all together: every_seconds is then chosen (trainer/goodput.py)
     failures_per_day: float | None = positive(None)
     # go back to the checkpoint of this step, and put later ones aside
@@ -86,7 +89,8 @@ class CheckpointConfig:
     keep: int = positive(2)  # newest checkpoints that stay on disk
     # a save that fails (a full disk): tell, and try again at the next one; or stop
     on_failure: str = one_of("warn", "warn", "stop")
-    remote: str | None = None  # an address (s3://, gs://, file://) where they are kept too
+    # an address (s3://, gs://, file://) where they are kept too
+    remote: str | None = file_path(None)
 
 
 @dataclass
@@ -109,7 +113,7 @@ class EvaluateConfig:
 
 @dataclass
 class LaunchConfig:
-    workers: int = positive(1)
+    workers: int = positive(1, most=65536)
     # as few will do where no more are to be had, and all again when they are; null: all or none
     min_workers: int | None = positive(None)
     cpus_per_worker: float = positive(1)
@@ -117,9 +121,9 @@ class LaunchConfig:
     # restarts after lost workers with no new checkpoint between; a fault of the run ends it
     max_failures: int = not_negative(3)
     # for room for all workers, before fewer are taken or none
-    wait_seconds: float = positive(120.0)
+    wait_seconds: float = positive(120.0, most=LONG)
     # a worker that gives no sign of life for so long is lost: stopped, or cut off
-    silence_seconds: float = positive(60.0)
+    silence_seconds: float = positive(60.0, most=LONG)
 
 
 @dataclass
@@ -161,6 +165,7 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     config, places, messages = merge(Config, path, overrides)
     if workers is not None:
         config.launch.workers = workers
+    follow_data(config, places)
     folder = RunFolder(config.run.dir)
     faults = [*value_faults(config), *data_faults(config), *folder.faults()]
     if folder.resumes():
@@ -169,6 +174,12 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     if messages:
         raise ConfigError(str(path), messages)
     return config
+
+
+def follow_data(config: Config, places: dict[str, str]) -> None:
+    """The model has as many tokens as the data, where its file does not say how many."""
+    if "model.vocab_size" not in places and (tokens := data_vocabulary(config)):
+        config.model.vocab_size = tokens
 
 
 def dump_config(config: Config, path: Path) -> None:

@@ -8,8 +8,12 @@ import importlib
 import json
 import logging
 import math
+import os
+import pickle
 import platform
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -126,7 +130,8 @@ class Engine:
         if resume:
             # a checkpoint brings its own along; what is configured now is obeyed
             asked = [{name: group[name] for name in OBEYED} for group in inner.param_groups]
-            self._load(resume, reshaped)
+            with _weights_only():
+                self._load(resume, reshaped)
             for group, values in zip(inner.param_groups, asked, strict=True):
                 group.update(values)
 
@@ -223,7 +228,14 @@ class Engine:
 
     def _load(self, saved: Saved, reshaped: bool) -> None:
         def load(folder: Path) -> dict[str, Any]:
-            _, client = self._engine.load_checkpoint(str(folder), tag=TAG)
+            try:
+                _, client = self._engine.load_checkpoint(str(folder), tag=TAG)
+            except pickle.UnpicklingError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"{folder} holds more than tensors and plain values, which this run has not "
+                    f"written ({reason}): restore it from a copy"
+                ) from None
             return client or {}
 
         if reshaped:
@@ -237,6 +249,29 @@ class Engine:
                 f"{saved.folder} loaded as step {client.get('step')}, its manifest says {step}"
             )
         self._step = step
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed's files read as tensors and plain values: nothing that they hold is run.
+
+    Three classes of its own stand in them, which do nothing when they are made.
+    """
+    names = ("zero.config.ZeroStageEnum", "fp16.loss_scaler.LossScaler")
+    own = [f"deepspeed.runtime.{name}" for name in names]
+    own.append("deepspeed.utils.tensor_fragment.fragment_address")
+    classes = []
+    for path in own:
+        module, _, name = path.rpartition(".")
+        classes.append(getattr(importlib.import_module(module), name))
+    force = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # DeepSpeed asks torch for the opposite
+    before = os.environ.get(force)
+    os.environ[force] = "1"
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        os.environ.pop(force) if before is None else os.environ.update({force: before})
 
 
 class _Copies:

@@ -4,8 +4,12 @@ Every fault is found in one pass, with the file, the line and the nearest known 
 """
 
 import difflib
+import inspect
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +17,21 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.literal import NULLS, shown, value_in, value_of
+
 T = TypeVar("T")
+LARGEST_FILE = 1 << 20
 Fault = tuple[str, str]  # a key; what is wrong with it and what to do
 
 
-def positive(default: Any) -> Any:
-    """A field whose value must be above zero, where it is not None."""
-    return _bounded(default, above=0)
+def positive(default: Any, most: float | None = None) -> Any:
+    """A field whose value must be above zero, where it is not None, and at most `most`."""
+    return _bounded(default, above=0, most=most)
+
+
+def file_path(default: Any) -> Any:
+    """A field that names a file, a folder or an address; ~ is the home folder."""
+    return _bounded(default, path=True)
 
 
 def not_negative(default: Any, below: float | None = None) -> Any:
@@ -58,6 +70,10 @@ def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str | None:
         return f"{value} is not positive"
     if "least" in bounds and not value >= bounds["least"]:
         return f"{value} is negative"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not finite"
+    if bounds.get("most") is not None and value > bounds["most"]:
+        return f"{value} is above {bounds['most']:,}"
     if bounds.get("below") is not None and not value < bounds["below"]:
         return f"{value} is not below {bounds['below']:g}"
     if "values" in bounds and value not in bounds["values"]:
@@ -80,76 +96,98 @@ def merge(root: type[T], path: Path, overrides: list[str]) -> tuple[T, dict[str,
 
     Raises ConfigError where the file is not a YAML mapping at all.
     """
-    if not path.is_file():
-        raise ConfigError(str(path), ["the file does not exist"])
-    try:
-        text = path.read_text()
-        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
-        loaded = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(str(path), ["the file is not a mapping of sections"])
-    known = dict(leaves_of(root))
-    settings = [
-        (key, value, f"{path}:{lines.get(key, 1)}: {key}") for key, value in _leaves(loaded, known)
-    ]
-    faults = []
+    node, faults = _composed(path)
+    kinds = dict(_kinds(root))
+    settings: list[tuple[str, Any, str]] = []
+    for key, found, line in _settings(node, kinds, faults, str(path)):
+        settings.append((key, partial(value_of, found), f"{path}:{line}: {key}"))
     for override in overrides:
-        key, equals, value = override.partition("=")
-        place = f"command line: {key}"
-        if not equals:
-            faults.append(f"{place}: an override is written key=value")
-            continue
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
-            assert isinstance(loaded, dict)
-            parsed = loaded["value"]
-        except (yaml.YAMLError, OmegaConfBaseException):
-            parsed = value
-        settings.append((key, parsed, place))
+        key, equals, text = override.partition("=")
+        if equals:
+            settings.append((key, partial(value_in, text), f"command line: {key}"))
+        else:
+            faults.append(f"command line: {key}: an override is written key=value")
 
     merged = OmegaConf.structured(root)
     places = {}
-    for key, value, place in settings:
+    for key, read, place in settings:
         places[key] = place
-        if key in known:
+        if key in kinds:
             try:
-                OmegaConf.update(merged, key, value, merge=False)
-            except OmegaConfBaseException:
-                faults.append(f"{place}: {value!r} is not of type {known[key]}")
-        elif any(name.startswith(key + ".") for name in known):
-            if value not in (None, {}):
-                faults.append(f"{place}: this is a section, with keys of its own below it")
+                OmegaConf.update(merged, key, read(kinds[key]), merge=False)
+            except ValueError as error:
+                faults.append(f"{place}: {error}")
+            except OmegaConfBaseException as error:
+                faults.append(f"{place}: {str(error).splitlines()[0]}")
+        elif any(name.startswith(key + ".") for name in kinds):
+            faults.append(f"{place}: this is a section, with keys of its own below it")
         else:
-            faults.append(f"{place}: unknown key; the nearest known one is {_nearest(key, known)}")
+            faults.append(f"{place}: unknown key; the nearest known one is {_nearest(key, kinds)}")
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation of what is not there
-        raise ConfigError(str(path), [*faults, str(error).splitlines()[0]]) from None
+    except (OmegaConfBaseException, RecursionError) as error:  # an interpolation that ends nowhere
+        reason = str(error).splitlines()[0] if str(error) else "an interpolation of itself"
+        raise ConfigError(str(path), [*faults, reason]) from None
     assert isinstance(config, root)
+    _expand_home(config)
     return config, places, faults
 
 
-def _key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, 1-based line) of every key of a YAML mapping."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _key_lines(value, name + ".")
+def _expand_home(section: Any) -> None:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            _expand_home(value)
+        elif item.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
+            setattr(section, item.name, str(Path(value).expanduser()))
 
 
-def _leaves(
-    mapping: dict[Any, Any], known: dict[str, str], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting; a value may itself be a mapping where that is known."""
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and name not in known:
-            yield from _leaves(value, known, name + ".")
+def _composed(path: Path) -> tuple[yaml.MappingNode | None, list[str]]:
+    """The file as YAML's nodes, and a list for faults. Raises ConfigError where it is no YAML."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ConfigError(str(path), [f"{size:,} bytes: no configuration is so large"])
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["the file does not exist"]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError(str(path), ["not readable as YAML: nested too deeply"]) from None
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ConfigError(str(path), ["the file is not a mapping of sections"])
+    return node, []
+
+
+def _settings(
+    node: yaml.Node | None, kinds: dict[str, Any], faults: list[str], path: str, prefix: str = ""
+) -> Iterator[tuple[str, yaml.Node, int]]:
+    """(dotted key, what is set, line) of every setting; sections alone are gone into."""
+    seen: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            faults.append(f"{path}:{line}: a key is not a name")
+            continue
+        name = f"{prefix}{key.value}"
+        if name in seen:
+            faults.append(f"{path}:{line}: {name}: this key stands there twice")
+        seen.add(name)
+        section = name not in kinds and any(known.startswith(name + ".") for known in kinds)
+        if section and isinstance(value, yaml.MappingNode):
+            yield from _settings(value, kinds, faults, path, name + ".")
+        elif not (section and isinstance(value, yaml.ScalarNode) and value.value in NULLS):
+            yield name, value, line
+
+
+def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every setting below a dataclass."""
+    for item in fields(section):
+        if is_dataclass(item.type):
+            yield from _kinds(item.type, f"{prefix}{item.name}.")
         else:
-            yield name, value
+            yield f"{prefix}{item.name}", item.type
 
 
 def leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -162,7 +200,42 @@ def leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{item.name}", shown
 
 
-def _nearest(key: str, known: dict[str, str]) -> str:
+def described(root: Any) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type and bounds, default, meaning) of every setting; what its comment says it means."""
+    for name, item, comment in _fields(root):
+        bounds = [shown(item.type)]
+        for word, text in (("above", "above"), ("least", "at least"), ("below", "below")):
+            if item.metadata.get(word) is not None:
+                bounds.append(f"{text} {item.metadata[word]}")
+        if most := item.metadata.get("most"):
+            bounds.append(f"at most {most:,}")
+        if values := item.metadata.get("values"):
+            bounds = [" | ".join(map(str, values))]
+        default = item.default if item.default is not MISSING else item.default_factory()
+        yield name, ", ".join(bounds), "null" if default is None else str(default), comment
+
+
+def _fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, field, comment before or behind it in the source) of every setting."""
+    lines = inspect.getsource(section).splitlines()
+    comments = {}
+    above: list[str] = []
+    for line in lines:
+        code, _, comment = line.partition("  # ") if "  # " in line else (line, "", "")
+        if line.strip().startswith("# "):
+            above.append(line.strip()[2:])
+            continue
+        if name := re.match(r"    (\w+):", code):
+            comments[name[1]] = " ".join([*above, *([comment.strip()] if comment else [])])
+        above = []
+    for item in fields(section):
+        if is_dataclass(item.type):
+            yield from _fields(item.type, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, comments.get(item.name, "")
+
+
+def _nearest(key: str, known: dict[str, Any]) -> str:
     """The most similar known key: by the whole name, else by its last part in any section."""
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return close[0]

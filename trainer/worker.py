@@ -1,6 +1,8 @@
 """A worker: a configuration on a device, at its place among the others. The only start-up."""
 
+import ipaddress
 import os
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -12,6 +14,8 @@ from trainer.events import Event, Pulse, Report, Stop, Warned, silent
 from trainer.layout import Layout
 from trainer.memory import keep_freed_memory
 from trainer.parallel.topology import Topology
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,42 @@ def join_group(timeout_seconds: float, use_gpu: bool = False) -> torch.device:
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if use_gpu else "gloo"
-        if "RANK" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves one
             dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            return device
+        rank, world_size = (int(os.environ.get(k, d)) for k, d in _ALONE.items())
+        store = _store(rank, world_size, timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     return device
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Where the workers find each other: at the address of the first one, and no other of its.
+
+    torch's own would listen on every address of the machine.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    local = ipaddress.ip_address(address[4][0]).is_loopback
+    if local and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the machine's name
+    listening: int | None = None
+    if rank == 0:
+        opened = socket.socket(address[0])
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address[4])
+        opened.listen(world_size)
+        listening = opened.detach()
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=listening is not None,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )

@@ -15,12 +15,22 @@ from typing import Any
 from models.config import ModelConfig
 from trainer.checks import data_faults, data_fingerprint, value_faults
 from trainer.config import Config
-from trainer.settings import ConfigError, Fault, field_faults, merge, not_negative, one_of, positive
+from trainer.settings import (
+    ConfigError,
+    Fault,
+    field_faults,
+    file_path,
+    merge,
+    not_negative,
+    one_of,
+    positive,
+)
 
 
 @dataclass
 class CompareConfig:
-    dir: str = "runs/compare"  # results.json, report.md, plots, and the runs of tasks go here
+    # results.json, report.md, plots, and the runs of tasks go here
+    dir: str = file_path("runs/compare")
     mixers: list[Any] = field(default_factory=lambda: ["attention", "mingru"])
     lengths: list[int] = positive([1024, 4096, 16384])
     # of every model; None: as many as the first mixer's at model.*

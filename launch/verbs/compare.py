@@ -19,7 +19,9 @@ Show = Callable[[str], None]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file with a section `compare`, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key; `keys` lists all"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     paths = {("compare.dir", comparison.settings.dir)}
     for runs in comparison.tasks.values():
         paths |= {("data.path", run.data.path) for run, *_ in runs.values()}
-    if faults := place_faults(sorted(paths)):
+    if faults := place_faults(sorted(paths), comparison.config.launch):
         raise ConfigError(args.config, faults)
     from launch.compare.page import write_comparison  # import torch and matplotlib
     from launch.compare.run import run_comparison

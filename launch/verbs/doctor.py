@@ -13,12 +13,17 @@ HELP = "examine the cluster, its storage and its network, and take a run's first
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key; `keys` lists all"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    if faults := place_faults([("run.dir", config.run.dir), ("data.path", config.data.path)]):
+    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
+    if config.checkpoint.remote:
+        paths.append(("checkpoint.remote", config.checkpoint.remote))
+    if faults := place_faults(paths, config.launch):
         raise ConfigError(args.config, faults)
     make_absolute(config)
     found: list[Finding] = []

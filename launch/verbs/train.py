@@ -15,12 +15,17 @@ HELP = "train a configuration on Ray; the same command again resumes"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key; `keys` lists all"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    if faults := place_faults([("run.dir", config.run.dir), ("data.path", config.data.path)]):
+    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
+    if config.checkpoint.remote:
+        paths.append(("checkpoint.remote", config.checkpoint.remote))
+    if faults := place_faults(paths, config.launch):
         raise ConfigError(args.config, faults)
     make_absolute(config)
 

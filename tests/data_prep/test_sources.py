@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.sources import Faulty, Selection, Text, pieces, plan, read
@@ -81,7 +81,6 @@ def test_records_hold_what_was_written(kind, tmp_path):
     assert texts_of(Selection((str(path),))) == TEXTS
 
 
-@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(max_size=200), min_size=1, max_size=5))
 @pytest.mark.parametrize("kind", ["jsonl", "json", "json lines", "csv"])
 def test_any_text_arrives(kind, texts, tmp_path_factory):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.parts import Table, document_key
@@ -26,7 +26,6 @@ def shares(lengths: list[int], share: float) -> tuple[float, int]:
     return float(held.sum()) / sum(lengths), int(np.count_nonzero(held))
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 100_000), min_size=1, max_size=400),
     share=st.sampled_from([0.01, 0.05, 0.2, 0.5]),

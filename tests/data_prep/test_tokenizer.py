@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -84,7 +84,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JsonTokeni
     return {name: JsonTokenizer(folder / f"{name}.json") for name in KINDS}
 
 
-@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=300))
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_comes_back(kind, text, tokenizers):
@@ -98,7 +97,6 @@ def test_text_comes_back(kind, text, tokenizers):
     assert lengths.sum() - prefix == len(text.encode())
 
 
-@settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, 319), max_size=60))
 @pytest.mark.parametrize("kind", ["byte level", "llama", "bytes"])
 def test_whatever_a_model_draws_is_printed_to_its_end(kind, tokens, tokenizers):

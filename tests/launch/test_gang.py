@@ -14,6 +14,7 @@ from launch.gang import LaunchError, Place, _interface_of, environments
 from launch.ray_job import _first_cause, _shared_message, _Tally, place_faults
 from launch.stop import StopWatch
 from tests.launch.conftest import ROOT, without_ray
+from trainer.config import LaunchConfig
 
 
 def test_ranks_find_each_other():
@@ -35,9 +36,13 @@ def test_ranks_find_each_other():
 def test_relative_paths_are_refused_on_a_cluster_alone(monkeypatch):
     paths = [("run.dir", "runs/x"), ("data.path", "/shared/data"), ("data.path", "s3://bucket/x")]
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert place_faults(paths) == []
+    launch = LaunchConfig()
+    assert place_faults(paths, launch) == []
+    launch.gpus_per_worker = 4.0
+    (fault,) = place_faults(paths, launch)
+    assert "4 for each of 1 workers, but this machine has " in fault
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    (fault,) = place_faults(paths)
+    (fault,) = place_faults(paths, launch)
     assert fault.startswith("run.dir: runs/x is relative")
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.tokenizer import ByteTokenizer
@@ -17,7 +17,6 @@ def printed(text: str, stops: list[str]) -> str:
     return "".join(verb.until_stop(stream, list(text.encode()), stops))
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     text=st.text("abé", max_size=40),
     stops=st.lists(st.text("abé", min_size=1, max_size=5), max_size=3),

@@ -1,5 +1,7 @@
 """Every fault of a configuration is told at once, with its place and the nearest known key."""
 
+import os
+import random
 import subprocess
 import sys
 import time
@@ -7,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.schema import load_info
+from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from launch.compare.file import load_comparison
-from trainer.config import dump_config, load_config, load_dumped
-from trainer.settings import ConfigError
+from tests.distributed import run_distributed
+from trainer.config import Config, dump_config, load_config, load_dumped
+from trainer.guard import RunError
+from trainer.settings import ConfigError, leaves_of
+from trainer.train import train
 
 FAULTY = """\
 run:
@@ -77,6 +84,16 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("model=3", "this is a section"),
         ("data.path=s3://bucket/x", "needs a local folder here"),
         ("run.dir=s3://bucket/x", "is an address: a run writes into a folder"),
+        ("model.layers=1000000000", "TiB with gradients and optimizer"),
+        ("optim.learning_rate=nan", "'nan' is not of type float: it must be a finite decimal"),
+        ("optim.learning_rate=1e999", "it must be a finite decimal number"),
+        ("train.steps=010", "'010' is not of type int: it must be a whole decimal number"),
+        ("train.steps=1:30", "'1:30' is not of type int"),
+        ("train.steps=" + "9" * 400, "is too large"),
+        ("run.dir=", "is empty"),
+        ("data.reset_state=maybe", "it must be true or false"),
+        ("launch.workers=10000000", "is above 65,536"),
+        ("train.steps=${train.steps}", "Recursive interpolation"),
         ("model.conv_width=1", "is not 0 (off) or at least 2"),
         ("model.mixer=[[mingru,window],attention]", "['mingru', 'window'] is not one of"),
     ],
@@ -132,3 +149,144 @@ def test_faults_of_recovery_are_told_before_any_worker_starts(config_file):
     assert "launch.min_workers: 3 is above launch.workers 2" in said
     assert "checkpoint.remote: nowhere://bucket/run cannot be used: Protocol not known" in said
     assert "checkpoint.failures_per_day: it chooses checkpoint.every_seconds" in said
+
+
+def test_text_is_taken_as_it_is_written(config_file, dataset, monkeypatch):
+    """What YAML 1.1 would make a number, a truth, a date or a comment of."""
+    for text in ("on", "no", "010", "1:30", "2026-01-01", "1e3", "None", "a #b", "{a: 1}", "[x]"):
+        assert load_config(config_file, [f"run.dir={text}"]).run.dir == text
+        base = config_file.read_text().replace(
+            "evaluate:", f"checkpoint: {{remote: 'file://{text}'}}\nevaluate:"
+        )
+        other = config_file.with_name("other.yaml")
+        lines = [line for line in base.splitlines() if not line.startswith("checkpoint: {every")]
+        other.write_text("\n".join(lines))
+        assert load_config(other, []).checkpoint.remote == f"file://{text}"
+    plain = config_file.with_name("plain.yaml")
+    plain.write_text(f"run: {{dir: on}}\ndata: {{path: {dataset}}}\ntrain: {{seq_len: 192}}\n")
+    assert load_config(plain, []).run.dir == "on"
+    monkeypatch.setenv("HOME", "/home/someone")
+    with pytest.raises(ConfigError, match="'5 # a comment' is not of type int"):
+        load_config(config_file, ["train.steps=5 # a comment"])
+    config = load_config(config_file, ["run.dir=~/runs", "data.cache=~", "checkpoint.remote=null"])
+    assert config.run.dir == "/home/someone/runs"
+    assert config.data.cache == "/home/someone"
+    assert config.checkpoint.remote is None
+
+
+def test_the_model_has_as_many_tokens_as_the_data(config_file, tmp_path):
+    prepare_synthetic(SyntheticSettings("copy", 192, train=40, held_out=4), tmp_path / "copy")
+    options = [f"data.path={tmp_path / 'copy'}", "data.reset_state=false"]
+    tokens = load_info(tmp_path / "copy").vocab_size
+    assert load_config(config_file, options).model.vocab_size == tokens
+    assert load_config(config_file, [*options, "model.vocab_size=64"]).model.vocab_size == 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000 + "]" * 5000,
+        "{" * 3000,
+        "a: &a [*a]",
+        "model: &m {mixer: [*m]}",
+        "model: {mixer: &a [&b [*b, *b], *a]}",
+        "x" * 2_000_000,
+        "train: {steps: 1}\ntrain: {steps: 2}",
+        "? [a, b]\n: 1",
+        "!!python/object/apply:os.system [ls]",
+        "run: {dir: !!python/name:os.system ''}",
+        "model: {mixer: " + "[" * 200 + "]" * 200 + "}",
+        "--- 1\n--- 2",
+        "\x00",
+        "train:\n\tsteps: 1",
+    ],
+    ids=range(14),
+)
+def test_no_file_hangs_or_is_misread(text, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ConfigError):
+        load_config(path, [])
+    assert time.monotonic() - started < 2
+
+
+# Values of which any could be given for any key.
+VALUES = [
+    *("0", "1", "2", "-1", "3", "1.5", "1e-3", "1e30", "nan", "inf", "010", "0x1f", "1:30", "on"),
+    *("null", "", "~", "None", "true", "[]", "[1]", "[mingru, window]", "{a: 1}", "${run.seed}"),
+    *(
+        "${x}",
+        "mingru",
+        "attention",
+        "bf16",
+        "9" * 30,
+        "'",
+        '"',
+        "a b",
+        "\u00e9",
+        "\x00",
+        "s3://b/x",
+    ),
+]
+
+
+def attempt(config_file: Path, dice: random.Random) -> Config | None:
+    """A configuration with some keys set to anything; None where it is refused, as it should be."""
+    keys = [name for name, _ in leaves_of(Config)]
+    overrides = [f"{dice.choice(keys)}={dice.choice(VALUES)}" for _ in range(dice.randint(1, 3))]
+    if dice.random() < 0.2:  # the file itself
+        text = config_file.read_text()
+        at = dice.randrange(len(text))
+        config_file = config_file.with_name("mutated.yaml")
+        config_file.write_text(text[:at] + dice.choice(VALUES) + text[at + dice.randint(0, 3) :])
+    started = time.monotonic()
+    try:
+        return load_config(config_file, overrides, workers=dice.choice([1, 2]))
+    except ConfigError:
+        return None
+    finally:
+        assert time.monotonic() - started < 2, overrides
+
+
+def test_any_value_is_a_configuration_or_a_clear_fault(config_file):
+    accepted = sum(attempt(config_file, random.Random(seed)) is not None for seed in range(500))
+    assert 20 < accepted < 400
+
+
+def _first_step(config: Config) -> str:
+    """Of an accepted configuration, in this rank: it starts, or says in one sentence why not."""
+    try:
+        train(config)
+    except (ValueError, RunError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.soak
+def test_what_is_accepted_starts(config_file, tmp_path, fuzz_counts):
+    started = refused = 0
+    tries = int(os.environ.get("LONGHAUL_FUZZ", "500"))
+    for seed in range(tries):
+        config = attempt(config_file, random.Random(seed))
+        if config is None:
+            refused += 1
+            continue
+        config.run.dir = str(tmp_path / str(seed))
+        config.train.stop_after = 1
+        config.checkpoint.remote = None  # anywhere
+        if config.data.path != load_config(config_file, []).data.path:
+            continue
+        said = run_distributed(_first_step, config.launch.workers, config)
+        assert all(len(text) < 500 for text in said), said
+        started += 1
+    assert started > 20
+    fuzz_counts.append(
+        {
+            "what": "configurations with keys set to anything",
+            "tried": refused + started,
+            "refused by name": refused,
+            "as if nothing were": started,
+            "else": 0,
+        }
+    )

@@ -1,0 +1,95 @@
+"""What a YAML node says, as the type of the field that it is for: literally, or not at all.
+
+YAML 1.1 reads `on` as true, `010` as 8, `1:30` as 90 and `2026-01-01` as a date. Here a text is
+what was written, a number is decimal and finite, and anything else is refused.
+"""
+
+import math
+import re
+import types
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+NULLS = ("", "~", "null", "Null", "NULL")
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+WANTED = {int: "a whole decimal number", float: "a finite decimal number", bool: "true or false"}
+DEEPEST = 20
+INTEGER = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
+DECIMAL = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def shown(kind: Any) -> str:
+    """A field's type, for people."""
+    if kind is Any:
+        return "name or list of names"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(shown(part) for part in get_args(kind))
+    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
+
+
+def value_of(node: yaml.Node, kind: Any, depth: int = 0) -> Any:
+    """The value. Raises ValueError with the reason where the node says no such thing."""
+    if depth > DEEPEST:
+        raise ValueError("is nested too deeply")
+    if not node.tag.startswith("tag:yaml.org,2002:") or ":python/" in node.tag:
+        raise ValueError(f"has the tag {node.tag}, which means nothing here")
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if _is_null(node):
+            return None
+        (inner,) = (part for part in get_args(kind) if part is not type(None))
+        return value_of(node, inner, depth)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, kind)
+    if isinstance(node, yaml.SequenceNode) and (origin is list or kind is Any):
+        inner = get_args(kind)[0] if origin is list else Any
+        return [value_of(item, inner, depth + 1) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and origin is dict:
+        inner = get_args(kind)[1]
+        return {
+            str(value_of(key, str)): value_of(value, inner, depth + 1) for key, value in node.value
+        }
+    raise ValueError(f"{yaml.serialize(node).strip()[:60]!r} is not of type {shown(kind)}")
+
+
+def value_in(text: str, kind: Any) -> Any:
+    """The same of what stands after the = on a command line; a text is all of it."""
+    lists = get_origin(kind) in (list, dict) or (kind is Any and text.lstrip().startswith("["))
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if lists or quoted:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "it is nested too deeply"
+            raise ValueError(f"{text[:60]!r} is not YAML ({reason})") from None
+        return value_of(node or yaml.ScalarNode("tag:yaml.org,2002:null", ""), kind)
+    if text == "~" and str in (kind, *get_args(kind)):
+        return text  # on a command line, the home folder
+    return value_of(yaml.ScalarNode("tag:yaml.org,2002:str", text), kind)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
+
+
+def _scalar(node: yaml.ScalarNode, kind: Any) -> Any:
+    text: str = node.value
+    if "${" in text:  # OmegaConf's: another setting's value, or the environment's
+        return text
+    if kind in (str, Any):
+        if _is_null(node):
+            raise ValueError("is empty: give a value, or leave the key out")
+        return text
+    if kind is bool and text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
+    if kind is int and INTEGER.fullmatch(text):
+        if len(text) > 19:
+            raise ValueError(f"{text[:20]}... is too large")
+        return int(text)
+    if kind is float and DECIMAL.fullmatch(text):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    said = f"{text[:60]!r} is not of type {shown(kind)}"
+    raise ValueError(f"{said}: it must be {WANTED[kind]}" if kind in WANTED else said)
