@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
+from trainer.run_folder import RunFolder
 
 RECENT, FEWEST = 50, 20  # steps that a spike is measured against
 
@@ -71,14 +72,22 @@ class Guard:
         of = f" of worker {', '.join(map(str, ranks))}" if ranks else ""
         return f"{of}, in the sequences from token {shown}"
 
+    def _way_back(self) -> str:
+        """Where the run may go on from, if what led here began before its last checkpoint."""
+        saved = RunFolder(self._config.run.dir).saved()
+        if len(saved) < 2:
+            return ""
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in saved[1:])
+        return f", or go back further by checkpoint.resume_step (there are: {steps})"
+
     def _leave_out(self, figure: str, value: float, step: int, where: str) -> bool:
         guard = self._config.guard
         bad = f"the {figure} is {value} at step {step}{where}"
         if guard.on_bad_step == "stop":
             raise RunError(
                 f"{bad}: the step was not taken, the last checkpoint stands; lower "
-                f"optim.learning_rate or optim.clip, lengthen optim.warmup_steps, or leave such "
-                f"steps out with guard.on_bad_step=skip, and start again"
+                f"optim.learning_rate or optim.clip, lengthen optim.warmup_steps, leave such steps "
+                f"out by guard.on_bad_step=skip{self._way_back()}, and start again"
             )
         self.skipped += 1
         if self.skipped > guard.max_skips:

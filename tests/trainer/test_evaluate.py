@@ -8,7 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_prep.sources import Selection
+from data_prep.write import Settings, prepare
+from launch.report import risen_loss
 from models.lm import LanguageModel
 from tests.trainer.runs import run
 from trainer.config import DataConfig, load_config
@@ -60,3 +64,44 @@ def test_loss_by_position_is_the_mean_over_each_range(config_file, ranks, sp):
     assert bounds == [(0, 16), (16, 32), (32, 64), (64, 128), (128, 192)]
     for start, stop, loss in result["by_position"]:
         assert loss == pytest.approx(float(losses[:, start:stop].mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_scored(config_file, tmp_path):
+    """A text that begins cheap in tokens and ends dear: the split's mean is neither."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["abcabcabd " * 100], trainer)
+    tokenizer.save(str(tmp_path / "bpe.json"))
+    (tmp_path / "train.txt").write_text("abcabcabd " * 2000)
+    held_out = "abcabcabd " * 400 + "xyzzy éö " * 400
+    (tmp_path / "held.txt").write_text(held_out)
+    selection = Selection((str(tmp_path / "train.txt"),), (str(tmp_path / "held.txt"),))
+    prepare(selection, tmp_path / "data", Settings(str(tmp_path / "bpe.json")), 1, tell=None)
+    options = [f"data.path={tmp_path / 'data'}", "train.steps=1", "evaluate.sequences=2"]
+    options += ["data.reset_state=false", "train.seq_len=100", "train.batch_size=1"]
+    run(config_file, 1, *options)
+    result = json.loads((config_file.parent / "run" / "evaluation.json").read_text())
+    stream = TokenStream(DataConfig(path=str(tmp_path / "data")), "held_out")
+    scored = stream.read(1, 201)[0].tolist()
+    text_bytes = len(tokenizer.decode(scored).encode())
+    assert result["text_bytes"] == text_bytes
+    assert result["bits_per_byte"] == pytest.approx(
+        result["loss"] / math.log(2) * 200 / text_bytes, rel=1e-6
+    )
+    mean = stream.split.text_bytes / stream.token_count
+    assert text_bytes / 200 > 1.5 * mean
+
+
+def test_a_report_says_when_losses_rose():
+    def lines(*losses: float | None) -> list[dict]:
+        return [{"loss": loss} for loss in losses]
+
+    assert risen_loss(lines(3.0, 2.9, 2.5, 2.4)) is None
+    assert risen_loss(lines(3.0)) is None
+    told = risen_loss(lines(2.0, 2.1, None, 3.0, 3.2))
+    assert told
+    assert "3.100 nats over the last 2 steps, 2.050 over the first" in told
