@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.files import at_home
 from data_prep.sources import FORMATS, Selection
 from data_prep.write import Settings, prepare
 
@@ -100,7 +101,7 @@ def _prepare(argv: list[str]) -> int:
         skip_faulty=args.skip_faulty,
         allow_changes=args.allow_changes,
     )
-    info = prepare(selection, args.out.expanduser(), settings, max(1, args.workers))
+    info = prepare(selection, at_home(str(args.out)), settings, max(1, args.workers))
     total = sum(split.tokens for split in info.splits.values())
     for name, split in info.splits.items():
         print(

@@ -25,6 +25,14 @@ def write_whole(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
+def at_home(path: str) -> Path:
+    """The path, ~ being the home folder. Raises ValueError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as f:

@@ -38,6 +38,8 @@ def choose(table: Table, share: float) -> Split:
     if np.all(decided >= 0):
         return Split(decided == 1)
     tokens = np.bincount(numbers, table.lengths, count).astype(np.int64)
+    if not tokens.any():
+        return Split(np.zeros(count, np.bool_))
     order = np.argsort(table.keys[table.begins], kind="stable")
     held_out = np.zeros(count, np.bool_)
     gap = max(1, round(share * float(tokens.sum()))) if share else 0
@@ -52,8 +54,8 @@ def choose(table: Table, share: float) -> Split:
             held_out[document] = True
             gap -= int(tokens[document])
     if gap > SHORT * wanted and gap < FEW and count > 1:
-        if not held_out.any():
-            held_out[int(np.argmin(tokens))] = True
+        if not tokens[held_out].any():
+            held_out[int(np.argmin(np.where(tokens > 0, tokens, tokens.max() + 1)))] = True
     elif gap > SHORT * wanted and count:
         longest = int(np.argmax(np.where(held_out, -1, tokens)))
         return Split(held_out, longest, min(gap, int(tokens[longest]) - 1))

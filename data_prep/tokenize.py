@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Never
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.parts import PartWriter, Told, document_key, read_table
@@ -131,13 +132,14 @@ def _tokenize(work: Work, changes: bool) -> Told:
         told.marks += record.marked
         begun |= record.starts
         tokens = tokenizer.encode(record.text)
-        if not tokenizer.exact and (change := _change(record, tokenizer, tokens)):
+        end = work.end_of_document
+        if not tokenizer.exact and (change := _change(record, tokenizer, tokens, end)):
             told.changed.append(change)
             if not changes:
                 return told  # it is refused, and no part is there to be taken for whole
-        if record.ends and work.end_of_document is not None and (len(tokens) or not record.starts):
-            tokens = np.append(tokens, np.uint32(work.end_of_document))
-        if len(tokens):
+        if record.ends and end is not None and (len(tokens) or not record.starts):
+            tokens = np.append(tokens, np.uint32(end))
+        if len(tokens) or (begun and not record.ends):  # its beginning may be left out
             split = work.piece.files[0].split
             decided = -1 if split is None else int(split == "held_out")
             key = document_key(record.document)
@@ -147,9 +149,17 @@ def _tokenize(work: Work, changes: bool) -> Told:
     return told
 
 
-def _change(record: Text, tokenizer: Tokenizer, tokens: np.ndarray) -> str | None:
+def _change(
+    record: Text, tokenizer: Tokenizer, tokens: NDArray[np.uint32], end: int | None
+) -> str | None:
     """Where and how the tokens' text is not the text; None where it is."""
     text, back = record.text, tokenizer.decode(tokens.tolist())
+    if end is not None and (tokens == end).any():
+        return f"{record.document}: its text becomes the token that ends documents"
+    if back == text and not record.starts:  # a part of a long document: does it follow the last?
+        before = tokenizer.encode("a\n").tolist()
+        text, back = "a\n" + text[:100], tokenizer.decode(before + tokens[:400].tolist())
+        back = back[: len(text)]
     if back == text:
         return None
     pairs = zip(text, back, strict=False)

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.files import at_home
 from data_prep.schema import TOKENIZER_NAME
 
 
@@ -183,7 +184,7 @@ class _JsonStream:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """`bytes`, or the path of a tokenizers JSON file or its folder. Raises ValueError else."""
-    return ByteTokenizer() if name == "bytes" else JsonTokenizer(Path(name).expanduser())
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(at_home(name))
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:

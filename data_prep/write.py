@@ -23,6 +23,7 @@ from data_prep.sources import Piece, Selection, plan
 from data_prep.tokenize import Limits, Work, tokenize
 from data_prep.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
+LARGEST_BLOCK = 1 << 24  # tokens
 Tell = Callable[[str], None]
 
 
@@ -101,8 +102,8 @@ def prepare(
 def _check(selection: Selection, settings: Settings) -> None:
     if not 0 <= settings.held_out < 1:  # not NaN either
         raise ValueError(f"--held-out {settings.held_out} is not in [0, 1)")
-    if settings.block_size < 1:
-        raise ValueError(f"--block-size {settings.block_size} is not positive")
+    if not 1 <= settings.block_size <= LARGEST_BLOCK:
+        raise ValueError(f"--block-size {settings.block_size} is not from 1 to {LARGEST_BLOCK:,}")
     if settings.skip_faulty < 0:
         raise ValueError(f"--skip-faulty {settings.skip_faulty} is negative")
     if not math.isfinite(settings.shard_bytes) or settings.shard_bytes < 1:
@@ -172,12 +173,12 @@ def existing_dataset(out: Path, fingerprint: str) -> DatasetInfo:
 
 def _identity(pieces: list[Piece]) -> list[tuple[str, ...]]:
     """What the sources are, in order: names and content, not where they lie nor since when."""
-    found = [
+    first = (piece for piece in pieces if piece.start == 0 and piece.group == 0)
+    return [
         (str(p.document), f.name, f.content, f.kind, f.packing, str(f.split))
-        for p in pieces
+        for p in first
         for f in p.files
     ]
-    return list(dict.fromkeys(found))
 
 
 def _piece_key(piece: Piece, described: str) -> str:

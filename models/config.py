@@ -1,6 +1,5 @@
 """The shape of a language model. Importing this file imports no torch, so a check is instant."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from models.mixers import MIXERS, Fault
 
 MOST_PARAMETERS = 2e12
+WIDEST = 100_000  # times the width
 
 
 @dataclass
@@ -79,7 +79,7 @@ class ModelConfig:
 
     def _too_large(self) -> str | None:
         """Before anything is built: what no machine holds, with the memory that it would take."""
-        if not all(math.isfinite(x) for x in (self.expansion, self.mlp_ratio)):
+        if not all(0 <= x <= WIDEST for x in (self.expansion, self.mlp_ratio)):
             return None  # told elsewhere
         matrices = 3 * self.state_width + 3 * self.mlp_width
         numbers = self.width * (self.layers * matrices + 2 * self.vocab_size)
@@ -110,12 +110,12 @@ class ModelConfig:
         if fault := self._too_large():
             largest = max(("layers", "width", "vocab_size"), key=lambda name: getattr(self, name))
             yield largest, fault
-        if self.expansion <= 0:
-            yield "expansion", f"{self.expansion} is not positive"
+        if not 0 < self.expansion <= WIDEST:
+            yield "expansion", f"{self.expansion} is not positive, or above {WIDEST:,}"
         if self.conv_width < 0 or self.conv_width == 1:
             yield "conv_width", f"{self.conv_width} is not 0 (off) or at least 2"
-        if self.mlp_ratio < 0:
-            yield "mlp_ratio", f"{self.mlp_ratio} is negative: 0 turns the MLP off"
+        if not 0 <= self.mlp_ratio <= WIDEST:
+            yield "mlp_ratio", f"{self.mlp_ratio} is not from 0, which turns it off, to {WIDEST:,}"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"{self.dropout} is not in [0, 1)"
         if self.memory_tokens < 2:

@@ -167,8 +167,9 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
         config.launch.workers = workers
     follow_data(config, places)
     folder = RunFolder(config.run.dir)
-    faults = [*value_faults(config), *data_faults(config), *folder.faults()]
-    if folder.resumes():
+    unusable = list(folder.faults())
+    faults = [*value_faults(config), *data_faults(config), *unusable]
+    if not unusable and folder.resumes():
         faults += resume_faults(folder, load_dumped(folder.config), config)
     messages += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in faults]
     if messages:

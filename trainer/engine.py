@@ -210,11 +210,19 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """All weights in fp32, the optimizer's own, on rank 0's CPU; empty on the other ranks."""
         masters = _deepspeed().utils.safe_get_full_fp32_param
+        kept: dict[
+            int, Tensor
+        ] = {}  # at stage 0 in bf16 they are of another optimizer of DeepSpeed's
+        if self._stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
+            optimizer = self._engine.optimizer
+            for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                kept |= {id(half): whole for half, whole in zip(halves, wholes, strict=True)}
         gathered = {}
         for name, parameter in self._engine.module.named_parameters():
             whole = masters(parameter)  # of every rank's share
             if self._topology.first:
-                whole = parameter.detach() if whole is None else whole
+                if whole is None:
+                    whole = kept.get(id(parameter), parameter).detach()
                 gathered[name] = whole.float().cpu().clone().contiguous()
         return gathered
 

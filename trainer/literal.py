@@ -14,7 +14,7 @@ import yaml
 NULLS = ("", "~", "null", "Null", "NULL")
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 WANTED = {int: "a whole decimal number", float: "a finite decimal number", bool: "true or false"}
-DEEPEST = 20
+DEEPEST, LARGEST = 20, 10_000  # of lists within lists, and of values in them
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 DECIMAL = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -32,6 +32,8 @@ def value_of(node: yaml.Node, kind: Any, depth: int = 0) -> Any:
     """The value. Raises ValueError with the reason where the node says no such thing."""
     if depth > DEEPEST:
         raise ValueError("is nested too deeply")
+    if depth == 0 and not isinstance(node, yaml.ScalarNode):
+        _check_size(node)
     if not node.tag.startswith("tag:yaml.org,2002:") or ":python/" in node.tag:
         raise ValueError(f"has the tag {node.tag}, which means nothing here")
     origin = get_origin(kind)
@@ -69,12 +71,32 @@ def value_in(text: str, kind: Any) -> Any:
     return value_of(yaml.ScalarNode("tag:yaml.org,2002:str", text), kind)
 
 
+def _check_size(node: yaml.Node) -> None:
+    """An alias stands for all that it names, each time: ten of ten of ten are a thousand."""
+    left, count = [(node, 0)], 0
+    while left:
+        here, depth = left.pop()
+        count += 1
+        if count > LARGEST or depth > DEEPEST:
+            raise ValueError("is too large, or nested too deeply")
+        if isinstance(here, yaml.SequenceNode):
+            left += [(item, depth + 1) for item in here.value]
+        elif isinstance(here, yaml.MappingNode):
+            left += [(value, depth + 1) for _, value in here.value]
+
+
 def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
 
 
 def _scalar(node: yaml.ScalarNode, kind: Any) -> Any:
     text: str = node.value
+    if "\0" in text or text == "???":  # which would mean to OmegaConf that nothing is set
+        raise ValueError(f"is {text!r}, which names nothing")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r} is not Unicode text") from None
     if "${" in text:  # OmegaConf's: another setting's value, or the environment's
         return text
     if kind in (str, Any):

@@ -153,7 +153,11 @@ class RunFolder:
                 f"at an address too where checkpoint.remote names one",
             )
             return
-        existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        try:
+            existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        except OSError as error:  # a name that is too long
+            yield "run.dir", f"{str(self.path)[:60]}... cannot be made: {error.strerror}"
+            return
         if not existing.is_dir():
             yield "run.dir", f"{self.path} cannot be made: {existing} is not a folder"
         elif not os.access(existing, os.W_OK):

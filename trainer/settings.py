@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.files import at_home
 from trainer.literal import NULLS, shown, value_in, value_of
 
 T = TypeVar("T")
@@ -129,7 +130,10 @@ def merge(root: type[T], path: Path, overrides: list[str]) -> tuple[T, dict[str,
         reason = str(error).splitlines()[0] if str(error) else "an interpolation of itself"
         raise ConfigError(str(path), [*faults, reason]) from None
     assert isinstance(config, root)
-    _expand_home(config)
+    try:
+        _expand_home(config)
+    except ValueError as error:
+        faults.append(str(error))
     return config, places, faults
 
 
@@ -139,7 +143,7 @@ def _expand_home(section: Any) -> None:
         if is_dataclass(value):
             _expand_home(value)
         elif item.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
-            setattr(section, item.name, str(Path(value).expanduser()))
+            setattr(section, item.name, str(at_home(value)))
 
 
 def _composed(path: Path) -> tuple[yaml.MappingNode | None, list[str]]:
@@ -161,10 +165,15 @@ def _composed(path: Path) -> tuple[yaml.MappingNode | None, list[str]]:
 
 
 def _settings(
-    node: yaml.Node | None, kinds: dict[str, Any], faults: list[str], path: str, prefix: str = ""
+    node: yaml.Node | None,
+    kinds: dict[str, Any],
+    faults: list[str],
+    path: str,
+    prefix: str = "",
+    seen: set[str] | None = None,
 ) -> Iterator[tuple[str, yaml.Node, int]]:
     """(dotted key, what is set, line) of every setting; sections alone are gone into."""
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
@@ -176,7 +185,7 @@ def _settings(
         seen.add(name)
         section = name not in kinds and any(known.startswith(name + ".") for known in kinds)
         if section and isinstance(value, yaml.MappingNode):
-            yield from _settings(value, kinds, faults, path, name + ".")
+            yield from _settings(value, kinds, faults, path, name + ".", seen)
         elif not (section and isinstance(value, yaml.ScalarNode) and value.value in NULLS):
             yield name, value, line
 

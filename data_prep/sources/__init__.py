@@ -5,8 +5,12 @@ depends on names alone. Reading a piece yields its texts, each with the document
 A format is a module with `plan` and `read`, and a line here.
 """
 
+import lzma
+import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -77,36 +81,63 @@ def plan(selection: Selection, out: Path | None, notes: list[str]) -> list[Piece
 
     What lies in `out` is never a source. Raises ValueError for a source that cannot be read.
     """
+    everything = replace(selection, include=(), exclude=())
+    held_out = [
+        _pieces(source, everything, out, "held_out", notes) for source in selection.held_out_from
+    ]
+    kept = {file.content for found in held_out for piece in found for file in piece.files}
+    split = "train" if held_out else None
     pieces: list[Piece] = []
-    for sources, split in ((selection.sources, None), (selection.held_out_from, "held_out")):
-        decided = split or ("train" if selection.held_out_from else None)
-        for source in sources:
-            if source == "stdlib":
-                found = stdlib.plan()
-                found = [
-                    replace(p, files=tuple(replace(f, split=decided) for f in p.files))
-                    for p in found
-                ]
-            else:
-                found = []
-                for file in _files(source, selection, out, notes):
-                    file = replace(file, split=decided)
-                    found += FORMATS[file.kind].plan(file, selection.field)
-            pieces += joined(found)
+    for source in selection.sources:
+        for piece in _pieces(source, selection, out, split, notes):
+            files = tuple(file for file in piece.files if file.content not in kept)
+            if len(files) == len(piece.files):
+                pieces.append(piece)
+                continue
+            left_out = ", ".join(file.path for file in piece.files if file.content in kept)
+            notes.append(f"{left_out}: held out, so it is not trained on")
+            if files:
+                pieces.append(replace(piece, files=files, end=sum(file.size for file in files)))
+    return joined(pieces) + joined([piece for found in held_out for piece in found])
+
+
+def _pieces(
+    source: str, selection: Selection, out: Path | None, split: str | None, notes: list[str]
+) -> list[Piece]:
+    """Of one source, each file of the split that was decided for it."""
+    if source == "stdlib":
+        return [
+            replace(piece, files=tuple(replace(file, split=split) for file in piece.files))
+            for piece in stdlib.plan()
+        ]
+    pieces: list[Piece] = []
+    for file in _files(source, selection, out, notes):
+        with _named(file.path):
+            pieces += FORMATS[file.kind].plan(replace(file, split=split), selection.field)
     return pieces
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Whatever a reader or an unpacker says of a file's bytes, with the file's name."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
 
 
 def read(piece: Piece, field: str) -> Iterator[Record]:
     """The texts of a piece, and what is wrong with its records that have none."""
-    yield from FORMATS[piece.kind].read(piece, field)
+    with _named(piece.files[0].path):
+        yield from FORMATS[piece.kind].read(piece, field)
 
 
 def _files(source: str, selection: Selection, out: Path | None, notes: list[str]) -> list[File]:
-    own = [] if out is None else [p.absolute() for p in (out, out.with_name(out.name + ".partial"))]
+    own = [] if out is None else [p.resolve() for p in (out, out.with_name(out.name + ".partial"))]
     chosen: list[tuple[str, str]] = []
     left_out = 0
     for name, path in walk(source, notes):
-        absolute = None if is_address(path) else Path(path).absolute()
+        absolute = None if is_address(path) else Path(path).resolve()
         if absolute and any(absolute.is_relative_to(folder) for folder in own):
             continue
         if _wanted(name, selection):
@@ -133,21 +164,21 @@ def _file(name: str, path: str, kind: str) -> File:
     bare = PurePosixPath(name.lower())
     packing = PACKINGS.get(bare.suffix, "")
     inner = bare.with_suffix("").suffix if packing else bare.suffix
-    try:
+    if not name.isprintable():
+        raise ValueError(f"{path!r}: a name that cannot be printed: rename it, or --exclude it")
+    if not is_address(path) and not os.path.isfile(path):
+        why = "a broken link" if os.path.islink(path) else "no regular file"
+        raise ValueError(f"{path} is {why}: remove it, or leave it out by --exclude")
+    with _named(path):
         size, content = size_and_content(path)
         file = File(name, path, size, content, kind or SUFFIXES.get(inner, ""), packing)
         return file if file.kind else _as_text(file)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _as_text(file: File) -> File:
     """A file whose name says nothing, as text; ValueError where it begins as no text does."""
-    try:
-        with open_file(file.path, file.packing) as f:
-            begin = f.read(4096)
-    except EOFError as error:
-        raise ValueError(f"{file.path} cannot be unpacked: {error}") from None
+    with open_file(file.path, file.packing) as f:
+        begin = f.read(4096)
     looks = next((what for sign, what in SIGNS.items() if begin.startswith(sign)), "")
     if not looks and b"\0" in begin and begin[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         looks = "no text (it holds zeros)"

@@ -24,7 +24,7 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
             # what is not UTF-8 becomes what no UTF-8 can be, and is told with its row
             lines = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
             yield from _rows(
-                file, csv_library.reader(lines, delimiter="\t" if tabs else ","), field
+                file, csv_library.reader(lines, delimiter="\t" if tabs else ",", strict=True), field
             )
 
 
@@ -36,6 +36,8 @@ def _rows(file: File, reader: Any, field: str) -> Iterator[Record]:
             f"{file.path}:1: no column {field!r} (it has: {has}): "
             f"name the text's column with --field"
         )
+    if header.count(field) > 1:
+        raise ValueError(f"{file.path}:1: {header.count(field)} columns {field!r}: rename one")
     column, number = header.index(field), 0
     while True:
         number += 1
@@ -46,6 +48,8 @@ def _rows(file: File, reader: Any, field: str) -> Iterator[Record]:
             return
         if row is None:
             return
+        if not row:  # an empty line
+            continue
         where = f"{file.path}:{reader.line_num}: row {number}"
         if len(row) != len(header):
             yield Faulty(f"{where} has {len(row)} values, the header {len(header)}")

@@ -6,7 +6,17 @@ from typing import Any
 
 from data_prep.sources import jsonl
 from data_prep.sources.fields import text_in
-from data_prep.sources.pieces import MARK, Faulty, File, Piece, Record, Text, decode, whole
+from data_prep.sources.pieces import (
+    MARK,
+    PIECE_BYTES,
+    Faulty,
+    File,
+    Piece,
+    Record,
+    Text,
+    decode,
+    whole,
+)
 from data_prep.sources.storage import open_file
 
 SPACE = " \t\r\n"
@@ -16,6 +26,8 @@ def plan(file: File, field: str) -> list[Piece]:
     """Records on lines can be cut; else the file is one piece."""
     from dataclasses import replace
 
+    if file.size <= PIECE_BYTES:
+        return [whole(file)]
     with open_file(file.path, file.packing) as f:
         first = f.read(1 << 20).removeprefix(MARK).lstrip()
     if first.startswith(b"{"):
@@ -39,11 +51,13 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
         except ValueError as error:
             yield Faulty(str(error))
             continue
+        line, counted = 1, 0
         for at, value in _values(text, file.path):
             if isinstance(value, Faulty):
                 yield value
                 continue
-            where = f"{file.path}:{text.count(chr(10), 0, at) + 1}"
+            line, counted = line + text.count("\n", counted, at), at
+            where = f"{file.path}:{line}"
             try:
                 found = text_in(value, field, where)
             except ValueError as error:
@@ -76,6 +90,13 @@ def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
         at = _skip(text, end, SPACE)
         if array and text[at : at + 1] == ",":
             at = _skip(text, at + 1, SPACE)
+            if text[at : at + 1] != "]":
+                continue
+        elif not array or text[at : at + 1] in ("]", ""):
+            continue
+        line = text.count("\n", 0, at) + 1
+        yield at, Faulty(f"{path}:{line}: not JSON (one comma between records, and none after)")
+        return
     if at < len(text) or not closed:
         line = text.count("\n", 0, at) + 1
         why = "the array has no end" if not closed else "something after the array"

@@ -1,5 +1,6 @@
 """Parquet: a row is a document, its text in one column; a piece is a row group."""
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ def _open(file: File) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(open_file(file.path, file.packing))
+        opened = open_file(file.path, file.packing)
+        return pq.ParquetFile(io.BytesIO(opened.read()) if file.packing else opened)
     except Exception as error:  # pyarrow raises its own hierarchy
         raise ValueError(f"{file.path} is not a parquet file ({error})") from None
 
@@ -25,6 +27,8 @@ def plan(file: File, field: str) -> list[Piece]:
             f"{file.path}: no column {field!r} (it has: {', '.join(columns)}): "
             f"name the text's column with --field"
         )
+    if columns.count(field) > 1:
+        raise ValueError(f"{file.path}: {columns.count(field)} columns {field!r}: rename one")
     groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
     return [Piece((file,), 0, group.total_byte_size, i) for i, group in enumerate(groups)]
 

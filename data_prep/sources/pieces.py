@@ -132,7 +132,7 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def _small(piece: Piece, counted: bool = False) -> bool:
-    fine = piece.document is None and piece.kind != "parquet"
+    fine = piece.document is None and piece.kind != "parquet" and not piece.files[0].packing
     if counted and len(piece.files) > 1:
         return fine and len(piece.files) < SMALL_FILES
     return fine and piece.starts and piece.ends and piece.size_bytes <= SMALL_BYTES

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from data_prep.files import at_home
+
 PACKINGS = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst", ".zstd": "zst"}
 
 
 def is_address(path: str) -> bool:
-    return "://" in path
+    """Whether fsspec is to read it; file:// is a path like any other."""
+    return "://" in path and not path.startswith("file://")
 
 
 def _files(address: str) -> tuple[Any, str]:
@@ -60,7 +63,7 @@ def walk(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
     if is_address(source):
         yield from _walk_address(source)
         return
-    root = Path(source).expanduser()
+    root = at_home(source.removeprefix("file://"))
     if root.is_file():
         yield root.name, str(root)
         return
@@ -86,9 +89,6 @@ def walk(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
             path = os.path.join(folder, name)
             if name.startswith("."):
                 continue
-            if not os.path.isfile(path):
-                why = "a broken link" if os.path.islink(path) else "no regular file"
-                raise ValueError(f"{path} is {why}: remove it, or leave it out by --exclude")
             found.append((Path(path).relative_to(root).as_posix(), path))
     if hidden:
         shown = ", ".join(hidden[:3]) + (", ..." if len(hidden) > 3 else "")

@@ -31,5 +31,7 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
             text = decode(data[len(MARK) * marked :], file, offset + len(MARK) * marked)
         except ValueError as error:
             yield Faulty(str(error))
+            if not (starts and ends):  # what is left of the document keeps its ends
+                yield Text(piece.document or file.name, "", starts, ends)
         else:
             yield Text(piece.document or file.name, text, starts, ends, marked)

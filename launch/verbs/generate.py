@@ -1,12 +1,16 @@
 """python -m launch generate RUN_DIR --prompt TEXT"""
 
 import argparse
+import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+from data_prep.files import at_home
 
 HELP = "continue a text with a trained model"
 LONG_PROMPT_SECONDS = 2.0  # of reading, after which it is told how far it is
@@ -48,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     trained = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sampling = replace(chosen, known=trained.known)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     print(f"[{args.run}, step {trained.step}]", file=sys.stderr)
     tokens = trained.tokenizer.encode(prompt).tolist()
     with _Reading(len(tokens)) as reading:
@@ -56,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             for text in until_stop(trained.tokenizer.decode_stream(), written, args.stop):
                 print(text, end="", flush=True)
+        except BrokenPipeError:  # whoever read has had enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or Python complains at its end)
+            return 0
         except KeyboardInterrupt:
             print(flush=True)
             return 130
@@ -66,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
 def _read(file: str) -> str:
     """The prompt's bytes as text, unchanged."""
     name = "stdin" if file == "-" else file
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    if file == "-" and sys.stdin is None:
+        raise ValueError("--prompt-file -: there is no stdin")
+    data = sys.stdin.buffer.read() if file == "-" else at_home(file).read_bytes()
     try:
         return data.decode()
     except UnicodeDecodeError as error:

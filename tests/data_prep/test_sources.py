@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.blocks import Blocks
 from data_prep.sources import Faulty, Selection, Text, pieces, plan, read
 from data_prep.write import Settings, prepare
 from tests.data_prep.test_data_prep import tokens_of
@@ -201,52 +203,6 @@ def test_no_content_is_taken_for_another_kind(tmp_path):
     assert texts_of(selection) == ["a", "b"]
 
 
-def test_what_is_left_out_of_a_folder_is_told(tmp_path):
-    folder = tmp_path / "text"
-    (folder / "deep").mkdir(parents=True)
-    for name in ("a.txt", "b.md", "deep/c.txt", ".hidden"):
-        (folder / name).write_text(name)
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "d.txt").write_text("d")
-    (folder / "deep" / "loop").symlink_to(folder)
-    notes: list[str] = []
-    chosen = Selection((str(folder),), include=("*.txt",), exclude=("deep/*",))
-    names = [f.name for piece in plan(chosen, None, notes) for f in piece.files]
-    assert names == ["a.txt", "link/d.txt"]
-    assert any("1 hidden files" in note for note in notes)
-    assert any("is a link to" in note for note in notes)
-    assert any("2 files are left out by --include and --exclude" in note for note in notes)
-    (folder / "broken").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="broken is a broken link"):
-        plan(Selection((str(folder),)), None, [])
-
-
-def test_its_own_output_is_never_a_source(tmp_path):
-    (tmp_path / "a.txt").write_text("text\n" * 50)
-    out = tmp_path / "prepared"
-    for _ in range(2):
-        prepare(Selection((str(tmp_path),)), out, Settings(block_size=8), 1, tell=None)
-    assert len(tokens_of(out, "train") + tokens_of(out, "held_out")) == 250
-
-
-def test_identity_is_content_and_not_time_or_place(tmp_path):
-    first, second = tmp_path / "one" / "a.txt", tmp_path / "two" / "a.txt"
-    for path in (first, second):
-        path.parent.mkdir()
-        path.write_text("text\n" * 50)
-    chosen = Settings(block_size=8)
-    info = prepare(Selection((str(first),)), tmp_path / "out", chosen, 1, tell=None)
-    os.utime(first, (1, 1))
-    again = prepare(Selection((str(second),)), tmp_path / "out", chosen, 1, tell=None)
-    assert again.fingerprint == info.fingerprint
-    stat = second.stat()
-    second.write_text("test\n" * 50)
-    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(ValueError, match="was prepared from other sources"):
-        prepare(Selection((str(second),)), tmp_path / "out", chosen, 1, tell=None)
-
-
 def test_a_byte_order_mark_is_left_out_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\n" * 2)
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
@@ -260,18 +216,65 @@ def test_a_byte_order_mark_is_left_out_and_counted(tmp_path):
         prepare(Selection((str(tmp_path / "c.txt"),)), tmp_path / "o", chosen, 1, tell=None)
 
 
-def test_small_files_share_a_piece_and_stay_documents(tmp_path):
-    for i in range(300):
-        (tmp_path / f"{i:03}.txt").write_text(f"document {i}\n")
-    found = plan(Selection((str(tmp_path),)), None, [])
-    assert len(found) == 1
-    assert texts_of(Selection((str(tmp_path),))) == [f"document {i}\n" for i in range(300)]
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_long_document_keeps_its_ends_where_a_part_is_faulty(tmp_path, monkeypatch, bad):
+    """Three pieces, of which one is left out: documents before and behind stay others."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    monkeypatch.setattr(pieces, "SMALL_BYTES", 50)
+    lines = [b"x" * 99 + b"\n"] * 3
+    lines[bad] = b"\xff" * 99 + b"\n"
+    (tmp_path / "a.txt").write_bytes(b"before")
+    (tmp_path / "b.txt").write_bytes(b"".join(lines))
+    (tmp_path / "c.txt").write_bytes(b"behind")
+    chosen = Settings(held_out=0.0, block_size=512, skip_faulty=1, end_of_document="new")
+    info = prepare(Selection((str(tmp_path),)), tmp_path / "out", chosen, 1, tell=None)
+    tokens, starts = Blocks(str(tmp_path / "out"), "train").read(0)
+    kept = [*b"before", 256, *(list(b"x" * 99 + b"\n") * 2), 256, *b"behind", 256]
+    assert tokens[: len(kept)].tolist() == kept
+    assert starts.tolist() == [0, 7, 208]
+    assert info.splits["train"].documents == 3
 
 
-def test_addresses_are_sources_too(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text('{"text": "far"}\n')
-    (tmp_path / "in" / "b.txt.gz").write_bytes(gzip.compress(b"away"))
-    assert texts_of(Selection((f"file://{tmp_path}/in",))) == ["far", "away"]
-    with pytest.raises(ValueError, match=r"holds no files|cannot be read"):
-        plan(Selection((f"file://{tmp_path}/nowhere",)), None, [])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])
+def test_damaged_packed_files_are_named(suffix, packing, tmp_path):
+    whole = write(suffix if suffix != "txt" else "jsonl", tmp_path, TEXTS * 50).read_bytes()
+    packed = bytearray(PACKERS[packing](whole))
+    path = tmp_path / f"damaged.{suffix}.{packing}"
+    for how in ("torn", "changed", "empty", "nonsense"):
+        changed = packed[:30] + bytes(20) + packed[50:]
+        data = {"torn": packed[: len(packed) // 2], "changed": changed, "empty": b""}
+        path.write_bytes(bytes(data.get(how, os.urandom(100))))
+        try:
+            said = [fault.message for fault in faults_of(Selection((str(path),)))]
+        except ValueError as error:
+            said = [str(error)]
+        if how in ("torn", "nonsense"):
+            assert said
+        assert all(str(path) in text for text in said), (how, said)
+
+
+def test_csv_is_read_strictly(tmp_path):
+    path = tmp_path / "a.csv"
+    for text in ('id,text\n1,"abc\n2,def\n', 'id,text\n1,"abc"def\n'):
+        path.write_text(text)
+        (fault,) = faults_of(Selection((str(path),)))
+        assert "a.csv:" in fault.message
+    path.write_text("text,text\na,b\n")
+    with pytest.raises(ValueError, match="2 columns 'text'"):
+        texts_of(Selection((str(path),)))
+    path.write_text("id,text\n1,a\n\n")
+    assert texts_of(Selection((str(path),))) == ["a"]
+
+
+def test_json_is_read_strictly_and_in_linear_time(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('[{"text":"a"},]', '[{"text":"a"} {"text":"b"}]', '[{"text":"a"},,{"text":"b"}]'):
+        path.write_text(text)
+        assert faults_of(Selection((str(path),)))
+    path.write_text('{"text": "a"}\n{\n "text":\n "b"}\n')
+    assert texts_of(Selection((str(path),))) == ["a", "b"]
+    path.write_text("[" + ",\n".join('{"text": "%s"}' % ("x" * 100) for _ in range(40_000)) + "]")
+    started = time.monotonic()
+    assert len(texts_of(Selection((str(path),)))) == 40_000
+    assert time.monotonic() - started < 5

@@ -175,3 +175,23 @@ def test_documents_may_end_with_a_token(tmp_path):
     assert starts.tolist() == [0, 4]  # the empty one has no tokens
     with pytest.raises(ValueError, match="is not a token of bytes"):
         prepare(selection, tmp_path / "o", Settings(end_of_document="</s>"), 1, tell=None)
+
+
+def test_a_text_that_becomes_the_end_of_a_document_is_refused(tmp_path):
+    """By a model that has the token among its own, where no special token is looked for."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "[UNK]": 3}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match="becomes the token that ends documents"):
+        prepared(tokenizer, tmp_path, "a </s> b", end_of_document="</s>")
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_piece_is_seen(tmp_path, monkeypatch):
+    """A document in pieces: each decodes to itself, and all together do not."""
+    from data_prep.sources import pieces
+
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    text = "The scan carries\n" * 20
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        prepared(llama(), tmp_path, text)
+    (tmp_path / "other").mkdir()
+    prepared(byte_level(), tmp_path / "other", text)

@@ -195,12 +195,20 @@ def test_the_model_has_as_many_tokens_as_the_data(config_file, tmp_path):
         "? [a, b]\n: 1",
         "!!python/object/apply:os.system [ls]",
         "run: {dir: !!python/name:os.system ''}",
+        "x: [&a0 [q, q], &a1 [*a0, *a0]]\nmodel: {mixer: &b0 [*a1, *a1]}",
+        "model: {expansion: 1e308}",
+        "model: {mlp_ratio: 1e308}",
+        "run: {dir: '???'}",
+        'run: {dir: "a\\0b"}',
+        "run: {dir: ~nosuchuser/x}",
+        f"run: {{dir: {'x' * 300}}}",
+        "train: {steps: 5}\ntrain.steps: 9",
         "model: {mixer: " + "[" * 200 + "]" * 200 + "}",
         "--- 1\n--- 2",
         "\x00",
         "train:\n\tsteps: 1",
     ],
-    ids=range(14),
+    ids=range(22),
 )
 def test_no_file_hangs_or_is_misread(text, tmp_path):
     path = tmp_path / "c.yaml"
@@ -290,3 +298,14 @@ def test_what_is_accepted_starts(config_file, tmp_path, fuzz_counts):
             "else": 0,
         }
     )
+
+
+def test_aliases_do_not_multiply_without_end(tmp_path):
+    """Ten of ten of ten, fifteen times."""
+    lines = ["x0: &x0 [q, q, q, q, q, q, q, q, q, q]"]
+    lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 15)]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "model: {mixer: *x14}"]))
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="is too large, or nested too deeply"):
+        load_config(tmp_path / "c.yaml", [])
+    assert time.monotonic() - started < 2
