@@ -1,4 +1,4 @@
-"""Which files are sources: all that were named, none that were not, and what is said of the rest."""
+"""Which files are sources: all that were named, and no others; what is said of the rest."""
 
 import gzip
 import os
