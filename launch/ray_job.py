@@ -16,9 +16,10 @@ from typing import Any
 
 from launch.driver import Connected, GangEnd, Outcome, Refused
 from launch.gang import LaunchError, no_cluster
-from trainer.config import Config, LaunchConfig
+from trainer.config import Config, LaunchConfig, load_config
 from trainer.events import Event, Started, Stop, Warned
 from trainer.goodput import Submission
+from trainer.settings import ConfigError
 
 CONNECT_SECONDS = 60  # for a Ray of our own to start, or a cluster to answer
 START_DRIVER = "from launch.driver import main; main()"
@@ -41,6 +42,18 @@ def place_faults(paths: Iterable[tuple[str, str]], launch: LaunchConfig) -> list
         for key, value in paths
         if "://" not in value and not Path(value).is_absolute()
     ]
+
+
+def load_for_here(path: str, overrides: list[str]) -> Config:
+    """A run's configuration, checked for where its workers will be. Raises ConfigError."""
+    config = load_config(path, overrides)
+    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
+    if config.checkpoint.remote:
+        paths.append(("checkpoint.remote", config.checkpoint.remote))
+    if faults := place_faults(paths, config.launch):
+        raise ConfigError(path, faults)
+    make_absolute(config)
+    return config
 
 
 def make_absolute(config: Config) -> None:

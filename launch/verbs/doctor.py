@@ -3,10 +3,8 @@
 import argparse
 
 from launch.doctor import Finding, clear, examine, try_run
-from launch.ray_job import make_absolute, place_faults
+from launch.ray_job import load_for_here
 from launch.stop import StopWatch
-from trainer.config import load_config
-from trainer.settings import ConfigError
 
 HELP = "examine the cluster, its storage and its network, and take a run's first steps"
 
@@ -19,13 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.overrides)
-    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
-    if config.checkpoint.remote:
-        paths.append(("checkpoint.remote", config.checkpoint.remote))
-    if faults := place_faults(paths, config.launch):
-        raise ConfigError(args.config, faults)
-    make_absolute(config)
+    config = load_for_here(args.config, args.overrides)
     found: list[Finding] = []
 
     def show(finding: Finding) -> None:

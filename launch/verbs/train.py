@@ -4,11 +4,9 @@ import argparse
 import sys
 
 from launch.progress import Progress
-from launch.ray_job import make_absolute, place_faults, run_job
+from launch.ray_job import load_for_here, run_job
 from launch.stop import PREEMPTED, StopWatch
-from trainer.config import load_config
 from trainer.run_folder import RunFolder
-from trainer.settings import ConfigError
 
 HELP = "train a configuration on Ray; the same command again resumes"
 
@@ -21,13 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.overrides)
-    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
-    if config.checkpoint.remote:
-        paths.append(("checkpoint.remote", config.checkpoint.remote))
-    if faults := place_faults(paths, config.launch):
-        raise ConfigError(args.config, faults)
-    make_absolute(config)
+    config = load_for_here(args.config, args.overrides)
 
     should_stop = StopWatch("stopping after the next step and a checkpoint", config.run.max_seconds)
     print(f"starting {config.launch.workers} workers", flush=True)
