@@ -33,12 +33,15 @@ OPTIONS = [
     "launch.wait_seconds=3",
     "launch.silence_seconds=10",
 ]
-# Where containers are nested in another one, crun and podman's own limits ask for too much.
+# Where containers are nested in another one, crun and podman's own limits ask for too much; and
+# containers find each other by name with netavark and aardvark-dns alone.
 PODMAN_SETTINGS = """
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
 [engine]
 runtime = "runc"
+[network]
+network_backend = "netavark"
 """
 
 
