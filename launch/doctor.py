@@ -77,7 +77,7 @@ def try_run(config: Config, should_stop: Callable[[], bool]) -> Iterator[Finding
         config,
         run=replace(config.run, dir=_folder(config), max_seconds=None),
         train=replace(config.train, stop_after=steps),
-        checkpoint=replace(config.checkpoint, remote=None),
+        checkpoint=replace(config.checkpoint, remote=None, resume_step=None),
         launch=replace(config.launch, max_failures=0),
     )
     events: list[Event] = []
