@@ -272,13 +272,11 @@ def _storage(patients: _Patients) -> Iterator[Finding]:
 
 def _data(patients: _Patients) -> Iterator[Finding]:
     """Whether all see the same prepared data. A URL is fetched by the trial."""
-    path = patients.config.data.path
-    if "://" in path:
-        return
-    identities, faults = patients.ask("data_identity", path)
-    yield from _faults("data.path", faults)
-    if identities:
-        yield same("data.path", identities, f"{path} is ")
+    for path in (path for path in patients.config.data.sources if "://" not in path):
+        identities, faults = patients.ask("data_identity", path)
+        yield from _faults("data.path", faults)
+        if identities:
+            yield same("data.path", identities, f"{path} is ")
 
 
 def _remote(patients: _Patients) -> Iterator[Finding]:

@@ -47,7 +47,7 @@ def place_faults(paths: Iterable[tuple[str, str]], launch: LaunchConfig) -> list
 def load_for_here(path: str, overrides: list[str]) -> Config:
     """A run's configuration, checked for where its workers will be. Raises ConfigError."""
     config = load_config(path, overrides)
-    paths = [("run.dir", config.run.dir), ("data.path", config.data.path)]
+    paths = [("run.dir", config.run.dir), *(("data.path", path) for path in config.data.sources)]
     if config.checkpoint.remote:
         paths.append(("checkpoint.remote", config.checkpoint.remote))
     if faults := place_faults(paths, config.launch):
@@ -59,11 +59,16 @@ def load_for_here(path: str, overrides: list[str]) -> Config:
 def make_absolute(config: Config) -> None:
     """Workers may start in another folder of this machine."""
     config.run.dir = str(Path(config.run.dir).absolute())
-    if "://" not in config.data.path:
-        config.data.path = str(Path(config.data.path).absolute())
-    remote = config.checkpoint.remote
-    if remote and "://" not in remote:
-        config.checkpoint.remote = str(Path(remote).absolute())
+    data, remote = config.data, config.checkpoint.remote
+    if isinstance(data.path, dict):
+        data.path = {_absolute(path): weight for path, weight in data.path.items()}
+    else:
+        data.path = _absolute(data.path)
+    config.checkpoint.remote = remote and _absolute(remote)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def run_job(

@@ -107,7 +107,7 @@ def _page(run: _Record) -> Iterator[str]:
         f"# {run.folder.path.name}",
         "",
         f"{config.model.layers} layers of {config.model.mixer}, width {config.model.width}, on "
-        f"{config.data.path}. {config.launch.workers} workers, dp={config.dp}, "
+        f"{' and '.join(config.data.sources)}. {config.launch.workers} workers, dp={config.dp}, "
         f"sp={config.parallel.sp}, ZeRO stage {config.deepspeed.zero_stage}, "
         f"{config.train.dtype}. The full configuration is `config.yaml`.",
         "",
@@ -130,6 +130,18 @@ def _page(run: _Record) -> Iterator[str]:
                     (name, (f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}"))
                     for name, row in _models(run)
                 ],
+            ),
+            *(
+                table(
+                    "source",
+                    ("tokens", "nats per token", "bits per byte"),
+                    [
+                        (name, (f"{tokens:,}", f"{loss:.4f}", f"{bits:.4f}"))
+                        for name, tokens, loss, bits in run.result.get("by_source", [])
+                    ],
+                )
+                if run.result.get("by_source")
+                else ()
             ),
             *table(
                 "position in the sequence",
@@ -188,7 +200,7 @@ def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:
 
     trained = load_run(folder.path, torch.device("cpu"))
     stream = TokenStream(config.data, "held_out" if config.evaluate.sequences else "train")
-    prompt = stream.read(0, min(PROMPT_TOKENS, stream.token_count))[0].tolist()
+    prompt = stream.read(0, min(PROMPT_TOKENS, stream.tokens[0]))[0].tolist()
     sampling = Sampling(temperature=0.8, top_k=40, known=trained.known)
     tokens = list(generate(trained.model, prompt, SAMPLE_TOKENS, sampling))
     return trained.tokenizer.decode(prompt), trained.tokenizer.decode(tokens)

@@ -4,33 +4,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from models.mixers import MIXERS, Fault
+from models.bounds import Fault, bound_faults, bounded, not_negative, positive
+from models.mixers import MIXERS
 
 MOST_PARAMETERS = 2e12
 WIDEST = 100_000  # times the width
+LONGEST_MEMORY = 1e8  # tokens
 
 
 @dataclass
 class ModelConfig:
     """A stack of `layers` blocks, each norm -> mixer -> norm -> MLP, on a stream `width` wide."""
 
-    mixer: Any = "mingru"  # a name of MIXERS, or a list of names that repeats over the layers
-    layers: int = 4
-    width: int = 128  # D
-    vocab_size: int = 256
-    expansion: float = 1.0  # H = expansion * D, the state's width
-    conv_width: int = 4  # taps of the causal convolution before the recurrence; 0 turns it off
+    # a name of MIXERS, or a list of names that repeats over the layers
+    mixer: Any = bounded("mingru", kind=str | list[str])
+    layers: int = positive(4)
+    width: int = positive(128)  # D
+    vocab_size: int = positive(256)  # where it is not set, as many as the data have
+    expansion: float = positive(1.0, most=WIDEST)  # H = expansion * D, the state's width
+    # taps of the causal convolution before the recurrence, 2 or more; 0 turns it off
+    conv_width: int = not_negative(4)
     gate: bool = True  # multiply the state by SiLU of a second projection
-    mlp_ratio: float = 8 / 3  # SwiGLU's hidden width over D; 0 turns the MLP off
+    mlp_ratio: float = not_negative(8 / 3, most=WIDEST)  # SwiGLU's hidden width over D; 0: no MLP
     normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
-    memory_tokens: float = 1024.0  # longest mean memory, in tokens, at initialisation
-    heads: int = 4  # of attention and window, each width / heads wide
-    kv_heads: int | None = None  # heads of keys and values, shared in groups; None: as many
-    rope_base: float = 10000.0  # rotary positions; raise it for contexts beyond some 8K tokens
-    window: int = 1024  # tokens that a query of the window mixer sees, itself included
+    # longest mean memory, in tokens, at initialisation
+    memory_tokens: float = bounded(1024.0, least=2, most=LONGEST_MEMORY)
+    heads: int = positive(4)  # of attention and window, each width / heads wide
+    # heads of keys and values, shared in groups; null: as many
+    kv_heads: int | None = positive(None)
+    # of rotary positions; raise it for contexts beyond some 8K tokens
+    rope_base: float = bounded(10000.0, above=1)
+    # tokens that a query of the window mixer sees, itself included
+    window: int = bounded(1024, least=2)
     tie_embeddings: bool = False  # the head reads with the embedding's matrix
-    dropout: float = 0.0  # of the embedding and of what each half of a block adds
-    norm_eps: float = 1e-6
+    dropout: float = not_negative(0.0, below=1)  # of the embedding and what half a block adds
+    norm_eps: float = not_negative(1e-6)
 
     @property
     def state_width(self) -> int:
@@ -64,7 +72,7 @@ class ModelConfig:
 
     def faults(self) -> list[Fault]:
         """What a user got wrong: (field, what is wrong and what to do) pairs; empty when valid."""
-        faults = list(self._general_faults())
+        faults = list(bound_faults(self)) or list(self._general_faults())
         if not faults:
             for name in dict.fromkeys(self.layer_mixers()):
                 faults += MIXERS[name].faults(self)
@@ -79,8 +87,6 @@ class ModelConfig:
 
     def _too_large(self) -> str | None:
         """Before anything is built: what no machine holds, with the memory that it would take."""
-        if not all(0 <= x <= WIDEST for x in (self.expansion, self.mlp_ratio)):
-            return None  # told elsewhere
         matrices = 3 * self.state_width + 3 * self.mlp_width
         numbers = self.width * (self.layers * matrices + 2 * self.vocab_size)
         if numbers <= MOST_PARAMETERS:
@@ -104,19 +110,8 @@ class ModelConfig:
                     "mixer",
                     f"a list of {len(names)} for {self.layers} layers: some would not be",
                 )
-        for field in ("layers", "width", "vocab_size"):
-            if getattr(self, field) < 1:
-                yield field, f"{getattr(self, field)} is not positive"
         if fault := self._too_large():
             largest = max(("layers", "width", "vocab_size"), key=lambda name: getattr(self, name))
             yield largest, fault
-        if not 0 < self.expansion <= WIDEST:
-            yield "expansion", f"{self.expansion} is not positive, or above {WIDEST:,}"
-        if self.conv_width < 0 or self.conv_width == 1:
-            yield "conv_width", f"{self.conv_width} is not 0 (off) or at least 2"
-        if not 0 <= self.mlp_ratio <= WIDEST:
-            yield "mlp_ratio", f"{self.mlp_ratio} is not from 0, which turns it off, to {WIDEST:,}"
-        if not 0 <= self.dropout < 1:
-            yield "dropout", f"{self.dropout} is not in [0, 1)"
-        if self.memory_tokens < 2:
-            yield "memory_tokens", f"{self.memory_tokens} is below 2 tokens"
+        if self.conv_width == 1:
+            yield "conv_width", "1 is not 0 (off) or at least 2"

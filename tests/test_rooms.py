@@ -18,6 +18,7 @@ ALLOWED = {
         "data_prep.blocks",
         "data_prep.schema",
         "data_prep.files",
+        "data_prep.mixture",
         "data_prep.task",
         "data_prep.tokenizer",
     },

@@ -32,10 +32,11 @@ class Manifest:
     dp: int
     sp: int
     zero_stage: int
-    epoch: int
-    consumed_in_epoch: int  # sequences
+    epoch: int  # of the first source of the data
+    consumed_in_epoch: int  # its sequences
     sequences_consumed: int  # since the run began
     data_fingerprint: str
+    positions: list[tuple[int, int]] = field(default_factory=list)  # both, of every source
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 

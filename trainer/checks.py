@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from data_prep.mixture import Mixture
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
+from models.bounds import Fault, bound_faults
 from trainer.run_folder import RunFolder
-from trainer.settings import Fault, field_faults, get, leaves_of
+from trainer.settings import get, leaves_of
 from trainer.storage import address_fault
 
 if TYPE_CHECKING:
@@ -27,9 +29,8 @@ FIXED_KEYS = (
 
 def value_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
-    for name, message in config.model.faults():
-        yield f"model.{name}", message
-    yield from field_faults(config)
+    model = ((f"model.{name}", message) for name, message in config.model.faults())
+    yield from dict.fromkeys([*model, *bound_faults(config)])
     train, parallel = config.train, config.parallel
     if train.segment_len not in (None, train.seq_len):
         yield (
@@ -94,25 +95,52 @@ def _sharding_faults(config: Config) -> Iterator[Fault]:
 def data_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong) with the data that the run asks for."""
     data = config.data
-    if "://" in data.path:
-        if not data.cache:
-            yield "data.cache", "a URL in data.path needs a local folder here for its files"
-        return  # the workers read it; nothing is known on this machine
     try:
-        info = load_info(data.path)
+        Mixture.of(data.sources)
     except ValueError as error:
         yield "data.path", str(error)
-        return
-    for split in SPLITS:
-        for fault in file_faults(data.path, split, info):
-            yield "data.path", fault
-    yield from info_faults(config, info)
+    known: dict[str, DatasetInfo] = {}
+    for path in data.sources:
+        if "://" in path:
+            if fault := address_fault(path):
+                yield "data.path", fault
+            if not data.cache:
+                yield "data.cache", "a URL in data.path needs a local folder here for its files"
+            continue  # the workers read it; nothing is known on this machine
+        try:
+            info = known[path] = load_info(path)
+        except ValueError as error:
+            yield "data.path", str(error)
+            continue
+        for split in SPLITS:
+            for fault in file_faults(path, split, info):
+                yield "data.path", fault
+        yield from info_faults(config, path, info)
+    for fault in mixing_faults(list(known), list(known.values())):
+        yield "data.path", fault
+
+
+def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
+    """What keeps datasets from being trained on together."""
+    for path, info in zip(paths[1:], infos[1:], strict=True):
+        for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "end_of_document"):
+            ours, first = getattr(info, name), getattr(infos[0], name)
+            if ours != first:
+                yield (
+                    f"{path} and {paths[0]} are not of one tokenizer ({name} is {ours!r} and "
+                    f"{first!r}): prepare both with the same"
+                )
+                break
+    for path, info in zip(paths, infos, strict=True):
+        if info.synthetic and len(paths) > 1:
+            yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
 
 
 def data_fingerprint(config: Config) -> str | None:
     """Of the data, where it lies on this machine; that it does not is told as a fault."""
+    sources = config.data.sources
     try:
-        return load_info(config.data.path).fingerprint
+        return Mixture.of(sources).fingerprint([load_info(path).fingerprint for path in sources])
     except ValueError:
         return None
 
@@ -120,39 +148,38 @@ def data_fingerprint(config: Config) -> str | None:
 def data_vocabulary(config: Config) -> int | None:
     """How many tokens the data have, where they lie on this machine."""
     try:
-        return load_info(config.data.path).vocab_size
+        return max((load_info(path).vocab_size for path in config.data.sources), default=None)
     except ValueError:
         return None
 
 
-def info_faults(config: Config, info: DatasetInfo) -> Iterator[Fault]:
+def info_faults(config: Config, path: str, info: DatasetInfo) -> Iterator[Fault]:
     """(key, what is wrong) where the run does not fit the data; workers ask it for a URL's."""
-    data = config.data
     if info.vocab_size > config.model.vocab_size:
         yield (
             "model.vocab_size",
-            f"{config.model.vocab_size} is below the {info.vocab_size} tokens of {data.path}",
+            f"{config.model.vocab_size} is below the {info.vocab_size} tokens of {path}",
         )
     if info.synthetic and info.synthetic.sequence_tokens != config.train.seq_len:
         yield (
             "train.seq_len",
             f"{config.train.seq_len} is not the {info.synthetic.sequence_tokens} tokens that every "
-            f"sequence of {data.path} has: use that",
+            f"sequence of {path} has: use that",
         )
-    if info.synthetic and data.shift:
-        yield "data.shift", f"every sequence of {data.path} is a document of its own: leave it off"
+    if info.synthetic and config.data.shift:
+        yield "data.shift", f"every sequence of {path} is a document of its own: leave it off"
     needed = config.train.seq_len + 1
-    training = needed + (config.train.seq_len - 1 if data.shift else 0)
+    training = needed + (config.train.seq_len - 1 if config.data.shift else 0)
     if info.splits["train"].tokens < training:
         yield (
             "train.seq_len",
-            f"{config.train.seq_len} needs {training} tokens, {data.path} has "
+            f"{config.train.seq_len} needs {training} tokens, {path} has "
             f"{info.splits['train'].tokens}: shorten it or prepare more text",
         )
     if config.evaluate.sequences and info.splits["held_out"].tokens < needed:
         yield (
             "evaluate.sequences",
-            f"the held-out split of {data.path} has {info.splits['held_out'].tokens} tokens, one "
+            f"the held-out split of {path} has {info.splits['held_out'].tokens} tokens, one "
             f"sequence needs {needed}: use 0 for no evaluation, or prepare the data with a larger "
             f"--held-out",
         )

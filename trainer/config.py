@@ -6,17 +6,19 @@ file, the line and the nearest known key.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import write_whole
+from models.bounds import not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, data_vocabulary, resume_faults, value_faults
 from trainer.layout import Layout
 from trainer.run_folder import RunFolder
-from trainer.settings import ConfigError, file_path, merge, not_negative, one_of, positive
+from trainer.settings import ConfigError, file_path, merge
 
 LONG = 1e8  # seconds, three years
 
@@ -31,10 +33,23 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    path: str = file_path("data/stdlib")  # a folder of data_prep, or a URL that Streaming can read
+    # a folder of data_prep, or a URL that Streaming can read; or several, each with the weight of
+    # its sequences: {data/code: 7, data/books: 3}
+    path: Any = file_path("data/stdlib", kind=str | dict[str, float])
     cache: str | None = file_path(None)  # local folder for the MDS shard files of a URL
     reset_state: bool = False  # clear states where a document starts
     shift: bool = False  # every epoch cuts its sequences from another token on
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Every folder or URL of `path` with its weight."""
+        return self.path if isinstance(self.path, dict) else {self.path: 1.0}
+
+    def cache_of(self, source: str) -> str | None:
+        """The folder for the files of one of several URLs."""
+        if self.cache is None or len(self.sources) == 1:
+            return self.cache
+        return f"{self.cache}/{list(self.sources).index(source)}"
 
 
 @dataclass

@@ -6,10 +6,10 @@ begins at token i is tokens [i, i + L], one more than L for the last label; rank
 
 Streaming has a StreamingDataset, not used here: it deals out whole samples, in an order that
 depends on the number of workers, and leaves shared memory behind when a worker is killed. Here the
-order depends on seed and epoch alone, so a position in it, (epoch, sequences consumed), survives
-any change of dp and sp.
+order (trainer.order) depends on no such number.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.blocks import Blocks
+from data_prep.mixture import Mixture
 from data_prep.tokenizer import folder_tokenizer
-from trainer.checks import info_faults
+from trainer.checks import info_faults, mixing_faults
 from trainer.config import Config, DataConfig
 from trainer.layout import Layout
+from trainer.order import SequenceOrder, Span
 
 IGNORED = -100  # a label that no loss counts; torch's own choice
 
@@ -45,21 +47,29 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a rank reads for a step, and the first token of every sequence of it, on any rank."""
+    """What a rank reads for a step, and the first token of every sequence of it, on any rank.
+
+    The tokens of several sources are counted end to end.
+    """
 
     micro_batches: list[MicroBatch]
     begins: list[int]
 
 
 class TokenStream:
-    """Random access to the tokens of one split."""
+    """Random access to the tokens of one split, those of several sources end to end."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
         """Raises DataError, or ValueError, where the data are not there or not as written."""
-        self.blocks = Blocks(config.path, split, config.cache)
-        self.folder, self.info = self.blocks.folder, self.blocks.info
-        self.split = self.info.splits[split]
-        self.token_count = self.split.tokens
+        self.names, self.mixture = list(config.sources), Mixture.of(config.sources)
+        self.sources = [Blocks(name, split, config.cache_of(name)) for name in self.names]
+        infos = [source.info for source in self.sources]
+        if faults := list(mixing_faults(self.names, infos)):
+            raise ValueError("\n".join(faults))
+        self.folder, self.info = self.sources[0].folder, infos[0]
+        self.fingerprint = self.mixture.fingerprint([info.fingerprint for info in infos])
+        self.tokens = [info.splits[split].tokens for info in infos]
+        self.firsts = [sum(self.tokens[:source]) for source in range(len(infos))]
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -70,15 +80,18 @@ class TokenStream:
         return lengths
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens [start, stop) and the document starts among them, as offsets from `start`.
+        """Tokens [start, stop) of one source, and the document starts among them from `start` on.
 
         Raises DataError naming the file and the block that cannot be read.
         """
-        size = self.info.block_size
+        source = bisect_right(self.firsts, start) - 1
+        start, stop = start - self.firsts[source], stop - self.firsts[source]
+        assert stop <= self.tokens[source]
+        size = self.sources[source].info.block_size
         tokens = np.empty(stop - start, np.int64)
         starts = []
         for block in range(start // size, (stop - 1) // size + 1):
-            found, begun = self.blocks.read(block)
+            found, begun = self.sources[source].read(block)
             begin, end = max(start, block * size), min(stop, (block + 1) * size)
             tokens[begin - start : end - start] = found[begin - block * size : end - block * size]
             starts.append(begun + (block * size - start))
@@ -89,13 +102,15 @@ class TokenStream:
 def open_split(config: Config, split: str) -> TokenStream:
     """A split of the data, checked here too: the submitting machine may not have seen it."""
     stream = TokenStream(config.data, split)
-    if faults := [f"{key}: {message}" for key, message in info_faults(config, stream.info)]:
-        raise ValueError("\n".join(faults))
+    found = zip(stream.names, stream.sources, strict=True)
+    faults = [fault for name, source in found for fault in info_faults(config, name, source.info)]
+    if faults:
+        raise ValueError("\n".join(f"{key}: {message}" for key, message in faults))
     return stream
 
 
 class SequenceReader:
-    """One rank's shard of any sequence of a split; `sequences` of them lie end to end in it."""
+    """One rank's shard of any sequence of a split; `spans` says how many lie end to end where."""
 
     def __init__(
         self, stream: TokenStream, layout: Layout, with_reset: bool, shift: bool = False
@@ -103,7 +118,21 @@ class SequenceReader:
         self.stream, self.layout, self.with_reset = stream, layout, with_reset
         seq_len = layout.seq_len
         # as many from wherever a shifted epoch begins
-        self.sequences = max(0, stream.token_count - (seq_len if shift else 1)) // seq_len
+        counts = (max(0, tokens - (seq_len if shift else 1)) // seq_len for tokens in stream.tokens)
+        self.spans = [Span(*each) for each in zip(stream.firsts, counts, strict=True)]
+
+    def first_sequences(self, limit: int) -> list[tuple[int, int]]:
+        """(first token, source) of the first `limit` in the order of the mixture, each once."""
+        turns = [self.stream.mixture.source(n) for n in range(limit)]
+        return [
+            (self.spans[source].first + index * self.layout.seq_len, source)
+            for source, index in turns
+            if index < self.spans[source].sequences
+        ]
+
+    def order(self, seed: int, shift: bool) -> SequenceOrder:
+        """In which they are trained on."""
+        return SequenceOrder(self.spans, self.stream.mixture, self.layout.seq_len, seed, shift)
 
     def micro_batch(self, begins: list[int], segment: int = 0) -> MicroBatch:
         """This rank's shard of a segment of the sequences that begin at the tokens `begins`.
@@ -135,49 +164,11 @@ class SequenceReader:
         )
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where training stands in the data: sequences consumed since the run began."""
-
-    consumed: int
-    sequences: int  # in an epoch
-
-    @property
-    def epoch(self) -> int:
-        return self.consumed // self.sequences
-
-    @property
-    def consumed_in_epoch(self) -> int:
-        return self.consumed % self.sequences
-
-
-class SequenceOrder:
-    """Where the n-th sequence of the run begins: the sequences of an epoch end to end, permuted.
-
-    Permutation and, with `shift`, the first sequence's token follow from seed and epoch alone.
-    """
-
-    def __init__(self, sequences: int, seq_len: int, seed: int, shift: bool = False) -> None:
-        self.sequences, self.seq_len, self.seed, self.shift = sequences, seq_len, seed, shift
-        self._epoch, self._begins = -1, np.empty(0, np.int64)
-
-    def __getitem__(self, n: int) -> int:
-        epoch, index = divmod(n, self.sequences)
-        if epoch != self._epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._begins = epoch, generator.permutation(self.sequences) * self.seq_len
-            if self.shift:
-                self._begins += generator.integers(self.seq_len)
-        return int(self._begins[index])
-
-
 def training_batches(
     reader: SequenceReader, config: Config, dp_rank: int, consumed: int
 ) -> Iterator[StepBatch]:
     """What this rank reads for every step from `consumed` sequences on, read one step ahead."""
-    order = SequenceOrder(
-        reader.sequences, config.train.seq_len, config.run.seed, config.data.shift
-    )
+    order = reader.order(config.run.seed, config.data.shift)
     size, micro = config.train.batch_size, config.train.micro_batch_size
 
     def read_step(first: int) -> StepBatch:

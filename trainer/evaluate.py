@@ -14,6 +14,8 @@ from trainer.engine import Engine
 from trainer.loss import token_scores
 from trainer.worker import Worker
 
+COUNTED = 1 << 28  # tokens, for the n-gram models
+
 
 @dataclass
 class Evaluation:
@@ -29,6 +31,8 @@ class Evaluation:
     by_position: list[tuple[int, int, float]] = field(default_factory=list)
     # (distance in tokens, mean loss, accuracy) where the data has distances (data_prep.synthetic)
     by_distance: list[tuple[int, float, float]] = field(default_factory=list)
+    # (source, tokens, mean loss, bits per byte) where the data has several
+    by_source: list[tuple[str, int, float, float]] = field(default_factory=list)
 
 
 def bits_per_byte(nats_per_token: float, tokens: float, text_bytes: float) -> float:
@@ -40,47 +44,62 @@ def bits_per_byte(nats_per_token: float, tokens: float, text_bytes: float) -> fl
 def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluation:
     """The mean loss over the first sequences of the reader's split, evaluate.sequences at most.
 
+    Of several sources, by their weights.
+
     Sequences are sharded as in training and dealt to the DP ranks; every rank must call this and
     gets the same result. Every rank runs equally many forwards, as ZeRO-3 demands: where the
     sequences run out it repeats the last and does not count it.
     """
     topology, device, config = worker.topology, worker.device, worker.config
-    count = min(config.evaluate.sequences, reader.sequences)
+    sequences = reader.first_sequences(config.evaluate.sequences)
     edges = _position_edges(reader.layout.seq_len)
     held = reader.layout.held()
     positions = torch.arange(held.start, held.stop, device=device)
     bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
     task = reader.stream.info.synthetic
     distances = (task.distances if task else []) or [0]
+    sources = reader.stream.names
     lengths = torch.from_numpy(reader.stream.token_bytes).to(device)
-    # of all distances and positions: loss, likeliest, tokens, bytes of their text
-    totals = torch.zeros(4, len(distances), len(edges) - 1, dtype=torch.float64, device=device)
+    # of all sources, distances and positions: loss, likeliest, tokens, bytes of their text
+    shape = 4, len(sources), len(distances), len(edges) - 1
+    totals = torch.zeros(shape, dtype=torch.float64, device=device)
     engine.eval()
-    for begin in range(0, count, topology.dp_size):
-        index = begin + topology.dp_rank
-        batch = reader.micro_batch([min(index, count - 1) * reader.layout.seq_len])
+    for first in range(0, len(sequences), topology.dp_size):
+        index = first + topology.dp_rank
+        begin, source = sequences[min(index, len(sequences) - 1)]
+        batch = reader.micro_batch([begin])
         reset = None if batch.reset is None else batch.reset.to(device)
         labels = batch.labels.to(device)
         readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
         scores, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
-        if index < count:
+        if index < len(sequences):
             text_bytes = lengths[labels.clamp(min=0)] * (labels >= 0)
             counted = torch.cat([labels >= 0, text_bytes])
             scored = torch.cat([scores[:, 0].double(), counted.double()])
-            totals[:, index % len(distances)].index_add_(1, bins, scored)
+            totals[:, source, index % len(distances)].index_add_(1, bins, scored)
     engine.train()
     totals = topology.gather(totals).sum(0)
-    loss, right, tokens, text_bytes = totals.sum((1, 2)).tolist()
+    loss, right, tokens, text_bytes = totals.sum((1, 2, 3)).tolist()
     return Evaluation(
         loss=loss / tokens,
         bits_per_byte=bits_per_byte(loss / tokens, tokens, text_bytes),
         accuracy=right / tokens,
-        sequences=count,
+        sequences=len(sequences),
         tokens=int(tokens),
         text_bytes=int(text_bytes),
-        by_position=_by_position(totals, edges),
-        by_distance=_by_distance(totals, distances),
+        by_position=_by_position(totals.sum(1), edges),
+        by_distance=_by_distance(totals.sum(1), distances),
+        by_source=_by_source(totals.sum((2, 3)), sources) if len(sources) > 1 else [],
     )
+
+
+def _by_source(totals: Tensor, sources: list[str]) -> list[tuple[str, int, float, float]]:
+    rows = zip(sources, totals.T.tolist(), strict=True)
+    return [
+        (source, int(n), loss / n, bits_per_byte(loss / n, n, text_bytes))
+        for source, (loss, _, n, text_bytes) in rows
+        if n
+    ]
 
 
 def _by_position(totals: Tensor, edges: list[int]) -> list[tuple[int, int, float]]:
@@ -101,7 +120,7 @@ def final_result(
     """The last held-out loss beside the n-gram models' on the same tokens."""
     losses: dict[str, float] = {}
     if not train.stream.info.synthetic:  # of random tokens n-grams would tell nothing
-        losses = ngram_losses(train.stream, held_out.stream, evaluated.tokens)
+        losses = _ngram_losses(train.stream, held_out.stream, evaluated)
     counted = evaluated.tokens, evaluated.text_bytes
     baselines = {
         name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, *counted)}
@@ -120,22 +139,37 @@ def _position_edges(seq_len: int) -> list[int]:
     return [*edges, seq_len]
 
 
+def _ngram_losses(
+    train: TokenStream, held_out: TokenStream, evaluated: Evaluation
+) -> dict[str, float]:
+    """Those of each source, counted in it alone, and together by the tokens evaluated in it."""
+    names = train.names
+    tokens = {name: n for name, n, *_ in evaluated.by_source} or {names[0]: evaluated.tokens}
+    losses: dict[str, float] = {}
+    for name, n in tokens.items():
+        for model, loss in ngram_losses(train, held_out, n, names.index(name)).items():
+            losses[model] = losses.get(model, 0.0) + loss * n / evaluated.tokens
+    return losses
+
+
 def ngram_losses(
-    train: TokenStream, held_out: TokenStream, evaluated_tokens: int, limit: int = 1 << 28
+    train: TokenStream, held_out: TokenStream, evaluated_tokens: int, source: int = 0
 ) -> dict[str, float]:
     """Nats per token of the unigram and the bigram model, on the tokens that `evaluate` saw.
 
-    Counted on the first `limit` tokens of the training split. The unigram model is add-one
+    Counted on the first COUNTED tokens of a source's training split. The unigram model is add-one
     smoothed, the bigram model takes the unigram as its prior with the weight of one observation.
     """
-    tokens, _ = held_out.read(0, evaluated_tokens + 1)
+    first = held_out.firsts[source]
+    tokens, _ = held_out.read(first, first + evaluated_tokens + 1)
     context, label = tokens[:-1], tokens[1:]
     vocabulary = train.info.vocab_size
     wanted, where = np.unique(context * vocabulary + label, return_inverse=True)
     singles = np.zeros(vocabulary, np.int64)
     pairs = np.zeros(len(wanted), np.int64)
-    stop = min(limit, train.token_count)
-    for begin in range(0, stop - 1, 1 << 22):
+    start = train.firsts[source]
+    stop = start + min(COUNTED, train.tokens[source])
+    for begin in range(start, stop - 1, 1 << 22):
         part, _ = train.read(begin, min(begin + (1 << 22), stop - 1) + 1)
         singles += np.bincount(part[:-1], minlength=vocabulary)
         codes = part[:-1] * vocabulary + part[1:]

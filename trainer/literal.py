@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
+NODES: dict[Any, type[yaml.Node]] = {list: yaml.SequenceNode, dict: yaml.MappingNode}
 NULLS = ("", "~", "null", "Null", "NULL")
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 WANTED = {int: "a whole decimal number", float: "a finite decimal number", bool: "true or false"}
@@ -21,8 +22,12 @@ DECIMAL = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 
 def shown(kind: Any) -> str:
     """A field's type, for people."""
-    if kind is Any:
-        return "name or list of names"
+    if kind is str:
+        return "text"
+    if get_origin(kind) is list:
+        return f"list of {shown(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"{{{' : '.join(map(shown, get_args(kind)))}}}"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(shown(part) for part in get_args(kind))
     return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
@@ -38,28 +43,35 @@ def value_of(node: yaml.Node, kind: Any, depth: int = 0) -> Any:
         raise ValueError(f"has the tag {node.tag}, which means nothing here")
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
-        if _is_null(node):
+        parts = get_args(kind)
+        if type(None) in parts and _is_null(node):
             return None
-        (inner,) = (part for part in get_args(kind) if part is not type(None))
-        return value_of(node, inner, depth)
+        scalars = [part for part in parts if get_origin(part) is None and part is not type(None)]
+        nested = [part for part in parts if NODES.get(get_origin(part)) is type(node)]
+        return value_of(node, (nested or scalars)[0], depth)
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, kind)
-    if isinstance(node, yaml.SequenceNode) and (origin is list or kind is Any):
-        inner = get_args(kind)[0] if origin is list else Any
-        return [value_of(item, inner, depth + 1) for item in node.value]
+    if isinstance(node, yaml.SequenceNode) and origin is list:
+        return [value_of(item, get_args(kind)[0], depth + 1) for item in node.value]
     if isinstance(node, yaml.MappingNode) and origin is dict:
         inner = get_args(kind)[1]
+        names = [str(value_of(key, str)) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"names {twice[0]!r} twice")
         return {
-            str(value_of(key, str)): value_of(value, inner, depth + 1) for key, value in node.value
+            name: value_of(value, inner, depth + 1)
+            for name, (_, value) in zip(names, node.value, strict=True)
         }
     raise ValueError(f"{yaml.serialize(node).strip()[:60]!r} is not of type {shown(kind)}")
 
 
 def value_in(text: str, kind: Any) -> Any:
     """The same of what stands after the = on a command line; a text is all of it."""
-    lists = get_origin(kind) in (list, dict) or (kind is Any and text.lstrip().startswith("["))
+    begun: Any = {"[": list, "{": dict}.get(text.lstrip()[:1])
+    parts = [get_origin(part) for part in get_args(kind)]
+    nested = get_origin(kind) in NODES or (begun is not None and begun in parts)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if lists or quoted:
+    if nested or quoted:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except (yaml.YAMLError, RecursionError) as error:
@@ -99,7 +111,7 @@ def _scalar(node: yaml.ScalarNode, kind: Any) -> Any:
         raise ValueError(f"{text!r} is not Unicode text") from None
     if "${" in text:  # OmegaConf's: another setting's value, or the environment's
         return text
-    if kind in (str, Any):
+    if kind is str:
         if _is_null(node):
             raise ValueError("is empty: give a value, or leave the key out")
         return text

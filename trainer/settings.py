@@ -5,10 +5,9 @@ Every fault is found in one pass, with the file, the line and the nearest known 
 
 import difflib
 import inspect
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,69 +17,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import at_home
+from models.bounds import bounded
 from trainer.literal import NULLS, shown, value_in, value_of
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20
-Fault = tuple[str, str]  # a key; what is wrong with it and what to do
 
 
-def positive(default: Any, most: float | None = None) -> Any:
-    """A field whose value must be above zero, where it is not None, and at most `most`."""
-    return _bounded(default, above=0, most=most)
-
-
-def file_path(default: Any) -> Any:
+def file_path(default: Any, **bounds: Any) -> Any:
     """A field that names a file, a folder or an address; ~ is the home folder."""
-    return _bounded(default, path=True)
-
-
-def not_negative(default: Any, below: float | None = None) -> Any:
-    """A field whose value must be at least zero, and below a bound if there is one."""
-    return _bounded(default, least=0, below=below)
-
-
-def one_of(default: Any, *values: Any) -> Any:
-    """A field that must have one of these values."""
-    return _bounded(default, values=values)
-
-
-def _bounded(default: Any, **bounds: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=bounds)
-    return field(default=default, metadata=bounds)
-
-
-def field_faults(section: Any, prefix: str = "") -> Iterator[Fault]:
-    """(key, what is wrong) for every value of a dataclass of sections outside its field's bounds.
-
-    A list is held to the bounds item by item.
-    """
-    for item in fields(section):
-        value, name, bounds = getattr(section, item.name), f"{prefix}{item.name}", item.metadata
-        if is_dataclass(value):
-            yield from field_faults(value, f"{name}.")
-            continue
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and (fault := _out_of_bounds(each, bounds)):
-                yield name, fault
-
-
-def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str | None:
-    if "above" in bounds and not value > bounds["above"]:
-        return f"{value} is not positive"
-    if "least" in bounds and not value >= bounds["least"]:
-        return f"{value} is negative"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{value} is not finite"
-    if bounds.get("most") is not None and value > bounds["most"]:
-        return f"{value} is above {bounds['most']:,}"
-    if bounds.get("below") is not None and not value < bounds["below"]:
-        return f"{value} is not below {bounds['below']:g}"
-    if "values" in bounds and value not in bounds["values"]:
-        *others, last = map(str, bounds["values"])
-        return f"{value!r} is not {', '.join(others)} or {last}"
-    return None
+    return bounded(default, path=True, **bounds)
 
 
 class ConfigError(ValueError):
@@ -142,8 +88,14 @@ def _expand_home(section: Any) -> None:
         value = getattr(section, item.name)
         if is_dataclass(value):
             _expand_home(value)
-        elif item.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
-            setattr(section, item.name, str(at_home(value)))
+        elif item.metadata.get("path") and isinstance(value, dict):
+            setattr(section, item.name, {_home(name): each for name, each in value.items()})
+        elif item.metadata.get("path") and isinstance(value, str):
+            setattr(section, item.name, _home(value))
+
+
+def _home(path: str) -> str:
+    return str(at_home(path)) if path.startswith("~") else path
 
 
 def _composed(path: Path) -> tuple[yaml.MappingNode | None, list[str]]:
@@ -196,7 +148,7 @@ def _kinds(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(item.type):
             yield from _kinds(item.type, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", item.type
+            yield f"{prefix}{item.name}", item.metadata.get("kind", item.type)
 
 
 def leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -212,7 +164,7 @@ def leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def described(root: Any) -> Iterator[tuple[str, str, str, str]]:
     """(key, type and bounds, default, meaning) of every setting; what its comment says it means."""
     for name, item, comment in _fields(root):
-        bounds = [shown(item.type)]
+        bounds = [shown(item.metadata.get("kind", item.type))]
         for word, text in (("above", "above"), ("least", "at least"), ("below", "below")):
             if item.metadata.get(word) is not None:
                 bounds.append(f"{text} {item.metadata[word]}")

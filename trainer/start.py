@@ -4,10 +4,10 @@ import shutil
 import time
 from dataclasses import asdict
 
-from data_prep.blocks import Blocks
 from trainer import checkpoint
 from trainer.checkpoint import Saved
 from trainer.config import Config, dump_config, load_dumped
+from trainer.data import TokenStream
 from trainer.goodput import Submission
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
@@ -16,7 +16,7 @@ from trainer.storage import Mirror
 from trainer.worker import Worker
 
 
-def open_folder(worker: Worker, data: Blocks) -> list[str]:
+def open_folder(worker: Worker, data: TokenStream) -> list[str]:
     """Make the folder and what its readers need; on rank 0, what has changed since the last start.
 
     Files that cannot be read are set aside, and told. Raises ValueError where it cannot be written
@@ -79,7 +79,7 @@ def redrawn(folder: RunFolder, config: Config, step: int) -> str | None:
 
 
 def find_checkpoint(
-    worker: Worker, submission: Submission, data: Blocks
+    worker: Worker, submission: Submission, data: TokenStream
 ) -> tuple[Saved | None, Mirror | None]:
     """The checkpoint to go on from, and where others are kept.
 
@@ -108,15 +108,15 @@ def find_checkpoint(
     return saved, mirror
 
 
-def _check_resume(saved: Saved, config: Config, data: Blocks) -> None:
+def _check_resume(saved: Saved, config: Config, data: TokenStream) -> None:
     manifest = saved.manifest
     if manifest.step > config.train.steps:
         raise ValueError(
             f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
             f"{config.run.dir} has reached: raise it, or choose another run.dir"
         )
-    if manifest.data_fingerprint != data.info.fingerprint:
+    if manifest.data_fingerprint != data.fingerprint:
         raise ValueError(
-            f"data.path {data.folder} is not the data that the run was trained on: its order "
+            f"data.path {config.data.path} is not the data that the run was trained on: its order "
             f"would be another; give back the same data, or choose another run.dir"
         )

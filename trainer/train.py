@@ -19,7 +19,7 @@ from models.flops import parameters
 from models.scan import choose_backend
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.data import Position, SequenceReader, StepBatch, open_split, training_batches
+from trainer.data import SequenceReader, StepBatch, open_split, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
@@ -85,7 +85,7 @@ class _Run:
         self.folder = RunFolder(config.run.dir)
         self.reader = _reader(worker, "train")
         self.held_out = _reader(worker, "held_out") if config.evaluate.sequences else None
-        data = self.reader.stream.blocks
+        data = self.reader.stream
         self.changed = open_folder(worker, data)
         saved, mirror = find_checkpoint(worker, submission, data)
         worker.pulse.now("building the model")
@@ -195,17 +195,19 @@ class _Run:
         if self.config.guard.checksum_every:
             self._compare_replicas()  # or a damaged checkpoint would push out a good one
         self._end_save()
-        position = Position(self.consumed, self.reader.sequences)
+        order = self.reader.order(self.config.run.seed, self.config.data.shift)
+        positions = order.positions(self.consumed)
         manifest = checkpoint.Manifest(
             step=self.step,
             world_size=self.topology.world_size,
             dp=self.topology.dp_size,
             sp=self.topology.sp_size,
             zero_stage=self.config.deepspeed.zero_stage,
-            epoch=position.epoch,
-            consumed_in_epoch=position.consumed_in_epoch,
+            epoch=positions[0].epoch,
+            consumed_in_epoch=positions[0].consumed_in_epoch,
+            positions=[(each.epoch, each.consumed_in_epoch) for each in positions],
             sequences_consumed=self.consumed,
-            data_fingerprint=self.reader.stream.info.fingerprint,
+            data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
         )
         self.saver.start(manifest, self.engine.snapshot())

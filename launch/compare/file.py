@@ -12,26 +12,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from models.bounds import Fault, bound_faults, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, data_fingerprint, value_faults
 from trainer.config import Config
-from trainer.settings import (
-    ConfigError,
-    Fault,
-    field_faults,
-    file_path,
-    merge,
-    not_negative,
-    one_of,
-    positive,
-)
+from trainer.settings import ConfigError, file_path, merge
 
 
 @dataclass
 class CompareConfig:
     # results.json, report.md, plots, and the runs of tasks go here
     dir: str = file_path("runs/compare")
-    mixers: list[Any] = field(default_factory=lambda: ["attention", "mingru"])
+    mixers: list[Any] = bounded(["attention", "mingru"], kind=list[str | list[str]])
     lengths: list[int] = positive([1024, 4096, 16384])
     # of every model; None: as many as the first mixer's at model.*
     parameters: int | None = positive(None)
@@ -117,9 +109,9 @@ def _faults(config: ComparisonFile) -> Iterator[Fault]:
     for name in ("mixers", "lengths"):
         if not getattr(compare, name):
             yield f"compare.{name}", "the list is empty"
-    yield from field_faults(compare, "compare.")
-    yield from field_faults(config.parallel, "parallel.")
-    yield from field_faults(config.launch, "launch.")
+    yield from bound_faults(compare, "compare.")
+    yield from bound_faults(config.parallel, "parallel.")
+    yield from bound_faults(config.launch, "launch.")
     yield from _task_faults(config)
     for mixer in compare.mixers:
         model = deepcopy(config.model)

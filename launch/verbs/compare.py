@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = load_comparison(args.config, args.overrides)
     paths = {("compare.dir", comparison.settings.dir)}
     for runs in comparison.tasks.values():
-        paths |= {("data.path", run.data.path) for run, *_ in runs.values()}
+        paths |= {("data.path", path) for run, *_ in runs.values() for path in run.data.sources}
     if faults := place_faults(sorted(paths), comparison.config.launch):
         raise ConfigError(args.config, faults)
     from launch.compare.page import write_comparison  # import torch and matplotlib

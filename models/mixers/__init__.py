@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.bounds import Fault
+
 if TYPE_CHECKING:
     from models.config import ModelConfig
-
-Fault = tuple[str, str]  # a field of ModelConfig; what is wrong with it and what to do
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,18 @@ class Softmax(Entry):
     """Softmax attention to all tokens before; exchanged by heads."""
 
     def faults(self, config: ModelConfig) -> Iterator[Fault]:
-        if config.heads < 1 or config.width % (2 * config.heads):
+        if config.width % (2 * config.heads):
             yield (
                 "heads",
                 f"{config.heads} does not cut width {config.width} into heads of an even width: "
                 f"make width a multiple of twice the heads",
             )
             return
-        if config.shared_kv_heads < 1 or config.heads % config.shared_kv_heads:
+        if config.heads % config.shared_kv_heads:
             yield (
                 "kv_heads",
                 f"{config.kv_heads} does not divide heads {config.heads}: use a divisor",
             )
-        if config.rope_base <= 1:
-            yield "rope_base", f"{config.rope_base} is not above 1: 10000 is usual"
-        if config.window < 2:
-            yield "window", f"{config.window} is below 2 tokens"
 
     def sp_faults(self, config: ModelConfig, sp: int) -> Iterator[Fault]:
         if config.heads % sp:

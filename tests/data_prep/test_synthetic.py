@@ -24,7 +24,7 @@ def _rows(settings, folder, split="train") -> np.ndarray:
     info = prepare_synthetic(settings, folder)
     assert verify(folder) == []
     stream = TokenStream(DataConfig(path=str(folder)), split)
-    tokens, starts = stream.read(0, stream.token_count)
+    tokens, starts = stream.read(0, stream.tokens[0])
     assert len(tokens) % settings.length == 0
     assert starts.tolist() == list(range(0, len(tokens), settings.length))
     assert info.synthetic == load_info(folder).synthetic

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models.lm import LanguageModel
 from tests.distributed import run_distributed
 from trainer.config import load_config
-from trainer.data import SequenceOrder, SequenceReader, TokenStream
+from trainer.data import SequenceReader, TokenStream
 from trainer.events import Event, Started, Stepped, Stop, Warned
 from trainer.layout import Layout
 from trainer.optim import build_optimizer, learning_rate
@@ -63,7 +63,7 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     config = load_config(config_file, list(overrides))
     stream = TokenStream(config.data, "train")
     reader = SequenceReader(stream, Layout(config.train.seq_len), config.data.reset_state)
-    order = SequenceOrder(reader.sequences, config.train.seq_len, config.run.seed)
+    order = reader.order(config.run.seed, shift=False)
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
     optimizer = build_optimizer(model, config.optim)

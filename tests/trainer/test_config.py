@@ -95,7 +95,7 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("launch.workers=10000000", "is above 65,536"),
         ("train.steps=${train.steps}", "Recursive interpolation"),
         ("model.conv_width=1", "is not 0 (off) or at least 2"),
-        ("model.mixer=[[mingru,window],attention]", "['mingru', 'window'] is not one of"),
+        ("model.mixer=[[mingru,window],attention]", "'[mingru, window]' is not of type text"),
     ],
 )
 def test_single_faults(config_file, override, said):

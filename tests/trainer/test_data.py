@@ -6,8 +6,9 @@ import torch
 
 from data_prep.schema import load_info
 from trainer.config import DataConfig, load_config
-from trainer.data import Position, SequenceOrder, SequenceReader, TokenStream, training_batches
+from trainer.data import SequenceReader, TokenStream, training_batches
 from trainer.layout import Layout
+from trainer.order import Position, SourceOrder, Span
 
 SEQ_LEN = 960
 
@@ -67,7 +68,7 @@ def test_a_rank_touches_only_the_blocks_of_its_shard(data, dataset):
             end = begin + SEQ_LEN // shards + 1
             blocks = (end - 1) // info.block_size - begin // info.block_size + 1
             assert (
-                0 <= stream.blocks.bytes_read - blocks * block_bytes <= 4 * 4
+                0 <= stream.sources[0].bytes_read - blocks * block_bytes <= 4 * 4
             )  # a few document starts
 
 
@@ -75,7 +76,7 @@ def test_reset_marks_the_first_token_of_each_document(data, dataset):
     """Counted over the whole split: as many marks as documents, each before its own first word."""
     info = load_info(dataset)
     stream = TokenStream(data, "train")
-    tokens, starts = stream.read(0, stream.token_count)
+    tokens, starts = stream.read(0, stream.tokens[0])
     assert len(starts) == info.splits["train"].documents
     assert starts[0] == 0
     newline = ord("\n")  # every document of the fixture ends with its only one
@@ -83,13 +84,16 @@ def test_reset_marks_the_first_token_of_each_document(data, dataset):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    order = SequenceOrder(7, 10, seed=3)
-    epochs = [[order[n] for n in range(e * 7, e * 7 + 7)] for e in range(3)]
+    def order(seed):
+        return SourceOrder(Span(0, 7), 10, [seed])
+
+    first = order(3)
+    epochs = [[first[n] for n in range(e * 7, e * 7 + 7)] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 70, 10))
     assert epochs[0] != epochs[1]
-    assert [SequenceOrder(7, 10, seed=3)[n] for n in range(14, 21)] == epochs[2]
-    assert [SequenceOrder(7, 10, seed=4)[n] for n in range(7)] != epochs[0]
+    assert [order(3)[n] for n in range(14, 21)] == epochs[2]
+    assert [order(4)[n] for n in range(7)] != epochs[0]
     position = Position(consumed=17, sequences=7)
     assert (position.epoch, position.consumed_in_epoch) == (2, 3)
 
@@ -98,17 +102,18 @@ def test_a_shifted_epoch_begins_at_a_place_of_its_own(data):
     """Every place is one of seq_len, and the last sequence's last label is there at all of them."""
     stream = TokenStream(data, "train")
     reader = SequenceReader(stream, Layout(SEQ_LEN), False, shift=True)
-    order = SequenceOrder(reader.sequences, SEQ_LEN, seed=3, shift=True)
+    count = reader.spans[0].sequences
+    order = reader.order(seed=3, shift=True)
     firsts = []
     for epoch in range(200):
-        begins = sorted(order[epoch * reader.sequences + n] for n in range(reader.sequences))
-        assert np.diff(begins).tolist() == [SEQ_LEN] * (reader.sequences - 1)
+        begins = sorted(order[epoch * count + n] for n in range(count))
+        assert np.diff(begins).tolist() == [SEQ_LEN] * (count - 1)
         assert 0 <= begins[0] < SEQ_LEN
         firsts.append(begins[0])
     assert len(set(firsts)) > 150
-    assert stream.token_count - (SEQ_LEN - 1 + reader.sequences * SEQ_LEN) in range(1, SEQ_LEN + 1)
-    again = SequenceOrder(reader.sequences, SEQ_LEN, seed=3, shift=True)
-    assert again[5 * reader.sequences + 1] == order[5 * reader.sequences + 1]
+    assert stream.tokens[0] - (SEQ_LEN - 1 + count * SEQ_LEN) in range(1, SEQ_LEN + 1)
+    again = reader.order(seed=3, shift=True)
+    assert again[5 * count + 1] == order[5 * count + 1]
 
 
 def test_a_step_holds_the_same_sequences_whatever_dp(config_file):

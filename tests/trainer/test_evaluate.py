@@ -24,7 +24,7 @@ from trainer.layout import Layout
 def test_ngram_models_equal_a_count_by_hand(dataset):
     data = DataConfig(path=str(dataset))
     train, held_out = TokenStream(data, "train"), TokenStream(data, "held_out")
-    text = train.read(0, train.token_count)[0].tolist()
+    text = train.read(0, train.tokens[0])[0].tolist()
     target = held_out.read(0, 1001)[0].tolist()
     singles, pairs = Counter(text[:-1]), Counter(pairwise(text))
     unigram = {t: (singles[t] + 1) / (len(text) - 1 + 256) for t in range(256)}
@@ -92,7 +92,8 @@ def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_scored(config_fil
     assert result["bits_per_byte"] == pytest.approx(
         result["loss"] / math.log(2) * 200 / text_bytes, rel=1e-6
     )
-    mean = stream.split.text_bytes / stream.token_count
+    split = stream.info.splits["held_out"]
+    mean = split.text_bytes / split.tokens
     assert text_bytes / 200 > 1.5 * mean
 
 

@@ -14,8 +14,9 @@ from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
 from trainer.config import DataConfig, load_config
-from trainer.data import SequenceOrder, TokenStream
+from trainer.data import SequenceReader, TokenStream
 from trainer.guard import RunError
+from trainer.layout import Layout
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError
 
@@ -57,9 +58,10 @@ def _flip_then_train(config_file: Path, own_data: Path) -> str:
 def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
     """Sizes are right, one bit is not: one rank meets it, and all end with its message."""
     stream = TokenStream(DataConfig(path=str(own_data)), "train")
-    begin = SequenceOrder((stream.token_count - 1) // 192, 192, 0)[0]
-    shard_index, block = stream.blocks._spanner[(begin + 150) // stream.info.block_size]
-    shard = own_data / "train" / stream.blocks._shards[shard_index].raw_data.basename
+    begin = SequenceReader(stream, Layout(192), False).order(0, shift=False)[0]
+    (blocks,) = stream.sources
+    shard_index, block = blocks._spanner[(begin + 150) // stream.info.block_size]
+    shard = own_data / "train" / blocks._shards[shard_index].raw_data.basename
     data = bytearray(shard.read_bytes())
     end = int.from_bytes(data[8 + 4 * block : 12 + 4 * block], "little")
     data[end - 3] ^= 1
