@@ -19,6 +19,7 @@ from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.storage import MANIFEST, Mirror
 
+LEFT = ".left"  # the end of the name of a checkpoint that was put aside
 WEIGHTS = "model.safetensors"
 Files = dict[str, Callable[[Path], None]]  # what writes a file, by its name in a checkpoint
 
@@ -163,21 +164,56 @@ def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:
 
     The folders that had other names before. Raises ValueError where there is none of that step.
     """
-    here, left = run.saved(), []
-    if not run.checkpoint(step).is_dir():
+    left, wanted = [], run.checkpoint(step)
+    if not wanted.exists() and (aside := wanted.with_suffix(LEFT)).is_dir():
+        aside.rename(wanted)
+    here = run.saved()
+    if not wanted.is_dir():
         names = ", ".join(path.name for path in here) or "none"
         raise ValueError(
             f"checkpoint.resume_step {step}: {run.checkpoints} has no checkpoint of that step "
             f"(it has {names})"
         )
     for path in here:
-        later = int(path.name.removeprefix("step-")) > step
+        later = _step(path) > step
         if later and (path / MANIFEST).stat().st_mtime < submitted:
-            aside = path.with_suffix(".left")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            left.append(path)
+            left.append(_leave(path))
     return left
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _leave(path: Path) -> Path:
+    aside = path.with_suffix(LEFT)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return path
+
+
+def note_bad_steps(run: RunFolder, since: int, on_bad_step: str) -> None:
+    """Keep that steps from `since` on ended the run, and the checkpoints that led to them.
+
+    Those are the newest one, and any that was saved in between.
+    """
+    led = [p for i, p in enumerate(run.saved()) if i == 0 or _step(p) >= since - 1]
+    digests = [file_sha256(path / MANIFEST) for path in led]
+    line = {"since": since, "manifests_sha256": digests, "on_bad_step": on_bad_step}
+    add_line(run.bad_steps, line)
+
+
+def leave_bad(run: RunFolder, on_bad_step: str) -> tuple[list[Path], int]:
+    """Put aside what led to the bad steps that ended the run: the checkpoints, and the first step.
+
+    Not the only one, and not where such steps have since come to be left out.
+    """
+    lines = read_lines(run.bad_steps)
+    if not lines or (on_bad_step == "skip" and lines[-1]["on_bad_step"] != "skip"):
+        return [], 0
+    led = lines[-1]["manifests_sha256"]
+    left = [_leave(p) for p in run.saved()[:-1] if file_sha256(p / MANIFEST) in led]
+    return left, lines[-1]["since"]
 
 
 def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Saved | None:

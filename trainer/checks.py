@@ -99,6 +99,8 @@ def data_faults(config: Config) -> Iterator[Fault]:
         Mixture.of(data.sources)
     except ValueError as error:
         yield "data.path", str(error)
+    if data.cache and "://" in data.cache:
+        yield "data.cache", f"{data.cache} is an address: name a folder of this machine"
     known: dict[str, DatasetInfo] = {}
     for path in data.sources:
         if "://" in path:

@@ -33,6 +33,7 @@ class Guard:
     def __init__(self, config: Config, losses: Iterable[float | None], skipped: int) -> None:
         """`losses` of the steps before, oldest first; `skipped` of them were left out."""
         self._config, self.skipped = config, skipped
+        self.bad_since: int | None = None  # the first of the bad steps that follow each other now
         self._recent = deque((x for x in losses if x is not None), maxlen=RECENT)
 
     def takes_loss(self, shares: Tensor, step: int, begins: list[int]) -> bool:
@@ -60,6 +61,7 @@ class Guard:
     def takes_norm(self, norm: float, step: int, begins: list[int]) -> bool:
         """Whether the gradient was finite: the engine makes no update of one that is not."""
         if math.isfinite(norm):
+            self.bad_since = None
             return True
         return self._leave_out("gradient norm", norm, step, self._told([], begins))
 
@@ -73,21 +75,25 @@ class Guard:
         return f"{of}, in the sequences from token {shown}"
 
     def _way_back(self) -> str:
-        """Where the run may go on from, if what led here began before its last checkpoint."""
+        """Where the next start goes on from: before the checkpoint that led here."""
         saved = RunFolder(self._config.run.dir).saved()
         if len(saved) < 2:
-            return ""
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in saved[1:])
-        return f", or go back further by checkpoint.resume_step (there are: {steps})"
+            return "; if it comes again, start anew in another run.dir"
+        newest, before = (int(path.name.removeprefix("step-")) for path in saved[:2])
+        return (
+            f"; that goes back to step {before}, for step {newest} led here "
+            f"(checkpoint.resume_step={newest} goes on from it all the same)"
+        )
 
     def _leave_out(self, figure: str, value: float, step: int, where: str) -> bool:
         guard = self._config.guard
+        self.bad_since = self.bad_since or step
         bad = f"the {figure} is {value} at step {step}{where}"
         if guard.on_bad_step == "stop":
             raise RunError(
                 f"{bad}: the step was not taken, the last checkpoint stands; lower "
                 f"optim.learning_rate or optim.clip, lengthen optim.warmup_steps, leave such steps "
-                f"out by guard.on_bad_step=skip{self._way_back()}, and start again"
+                f"out by guard.on_bad_step=skip, and start again{self._way_back()}"
             )
         self.skipped += 1
         if self.skipped > guard.max_skips:

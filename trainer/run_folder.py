@@ -28,6 +28,7 @@ LINES: dict[str, tuple[str, ...]] = RISING | {
     "starts.jsonl": ("step", "submission", "base_seconds", "restart", "lost_steps"),
     "configurations.jsonl": ("at", "config"),
     "manifests.jsonl": ("step", "sha256"),
+    "bad_steps.jsonl": ("since", "manifests_sha256", "on_bad_step"),
 }
 RESULT_KEYS = ("step", "loss", "bits_per_byte", "tokens", "baselines", "by_position")
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.starts = self.path / "starts.jsonl"  # trainer.goodput
         self.history = self.path / "configurations.jsonl"  # each that a start has changed
         self.manifests = self.path / "manifests.jsonl"  # digests of the checkpoints' manifests
+        self.bad_steps = self.path / "bad_steps.jsonl"  # that ended a start, and where it stood
         self.lock = self.path / "lock"
         self.evaluations = self.path / "evaluations.jsonl"
         self.result = self.path / "evaluation.json"  # of the last step

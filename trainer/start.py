@@ -102,6 +102,16 @@ def find_checkpoint(
         topology.on_first(go_back)
     elif mirror:
         checkpoint.fetch(folder, mirror, topology)
+    if settings.resume_step is None:
+
+        def leave_bad() -> None:
+            left, since = checkpoint.leave_bad(folder, config.guard.on_bad_step)
+            for path in left:
+                worker.warn(f"{path} is put aside, for it led to the bad step {since}: going back")
+                if mirror:
+                    mirror.withdraw(path.name)
+
+        topology.on_first(leave_bad)
     saved = checkpoint.find(folder, topology, worker.warn)
     if saved:
         _check_resume(saved, config, data)

@@ -16,7 +16,11 @@ MANIFEST = "manifest.json"
 
 def address_fault(address: str) -> str | None:
     """Why an address cannot be used from here; None where it can."""
-    protocol = fsspec.core.split_protocol(address)[0]
+    protocol, path = fsspec.core.split_protocol(address)
+    if "::" in address:
+        return f"{address} is a chain of addresses: name the one where the files are"
+    if "://" in address and not (protocol and path.strip("/")):
+        return f"{address} names no place"
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:

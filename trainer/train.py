@@ -24,7 +24,7 @@ from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
 from trainer.goodput import SaveSchedule, Submission, of_this_process
-from trainer.guard import RECENT, Guard, compare_replicas
+from trainer.guard import RECENT, Guard, RunError, compare_replicas
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import RunRecord, finite
 from trainer.optim import learning_rate
@@ -54,7 +54,11 @@ def train(
         run.announce()
         stop = Stop.NO
         while run.step < run.last_step and not stop:
-            asked = run.take_step()
+            try:
+                asked = run.take_step()
+            except RunError:
+                run.note_bad_step()
+                raise
             if run.save_due or run.step == run.last_step or asked == Stop.NOW:
                 run.save()
                 stop = asked
@@ -223,6 +227,13 @@ class _Run:
             raise ValueError(fault)
         if fault:
             self.worker.warn(f"{fault}; the next save tries again")
+
+    def note_bad_step(self) -> None:
+        """For the next start, which goes back beyond the checkpoint that led here."""
+        self._end_save()
+        if self.topology.first:
+            since = self.guard.bad_since or self.step + 1
+            checkpoint.note_bad_steps(self.folder, since, self.config.guard.on_bad_step)
 
     def _compare_replicas(self) -> None:
         mine = self.engine.weights_checksum(), socket.gethostname()

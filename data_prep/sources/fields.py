@@ -3,6 +3,23 @@
 from typing import Any
 
 
+class Ambiguous(dict[str, Any]):
+    """A JSON object with two values of one name: which is meant is not known."""
+
+    twice: frozenset[str]
+
+
+def record_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, from its names and values in order."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    ambiguous = Ambiguous(found)
+    ambiguous.twice = frozenset(name for name in found if names.count(name) > 1)
+    return ambiguous
+
+
 def text_in(record: Any, field: str, where: str) -> str:
     """The text. Raises ValueError that begins with `where` and says what there is instead."""
     value, read = record, ""
@@ -14,6 +31,8 @@ def text_in(record: Any, field: str, where: str) -> str:
                 f"{where}: no field {name!r}{inside} (it has: {has}): name the text's field with "
                 f"--field"
             )
+        if isinstance(value, Ambiguous) and name in value.twice:
+            raise ValueError(f"{where}: the field {name!r} stands there twice")
         value, read = value[name], f"{read}.{name}".strip(".")
     if isinstance(value, bytes):
         try:

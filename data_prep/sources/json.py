@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.sources import jsonl
-from data_prep.sources.fields import text_in
+from data_prep.sources.fields import record_of, text_in
 from data_prep.sources.pieces import (
     MARK,
     PIECE_BYTES,
@@ -69,7 +69,7 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
 
 def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
     """(offset, value) of every record; the first that is no JSON is Faulty, and the last."""
-    decoder = json_library.JSONDecoder()
+    decoder = json_library.JSONDecoder(object_pairs_hook=record_of)
     at = _skip(text, 0, SPACE)
     array = text[at : at + 1] == "["
     closed = not array

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.sources.fields import text_in
+from data_prep.sources.fields import record_of, text_in
 from data_prep.sources.pieces import (
     MARK,
     Faulty,
@@ -55,14 +55,14 @@ def _text(raw: bytes, file: File, at: int, field: str) -> str:
 
 def _simple(record: Any, field: str) -> bool:
     """The usual case, for which no line is counted."""
-    value = record.get(field) if isinstance(record, dict) else None
+    value = record.get(field) if type(record) is dict else None
     return isinstance(value, str) and value.isascii()
 
 
 def parse(text: str) -> Any:
     """A JSON value. Raises ValueError with the reason, whatever the text."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=record_of)
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from None
     except RecursionError:

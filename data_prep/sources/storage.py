@@ -22,6 +22,8 @@ def is_address(path: str) -> bool:
 def _files(address: str) -> tuple[Any, str]:
     import fsspec
 
+    if "::" in address:
+        raise ValueError(f"source {address} is a chain of addresses: name the one of the files")
     try:
         return fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens {args.max_tokens} is not positive")
     if "" in args.stop:
         raise ValueError("--stop is empty: give the text to end before")
-    prompt = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    prompt = _read(args.prompt_file) if args.prompt is None else args.prompt
+    if not prompt.isprintable() and any("\udc80" <= sign <= "\udcff" for sign in prompt):
+        raise ValueError("--prompt is not UTF-8: convert it, or give it as --prompt-file")
     import torch
 
     from trainer.generate import Sampling, generate, load_run

@@ -134,6 +134,16 @@ def test_nested_and_binary_columns(tmp_path):
 
 # What is wrong with the second of three records, and what its message must hold.
 FAULTY = {
+    "twice": (
+        "a.jsonl",
+        b'{"text":"a"}\n{"text":"b","text":"x"}\n{"text":"c"}',
+        "a.jsonl:2: the field",
+    ),
+    "twice in an array": (
+        "a.json",
+        b'[{"text":"a"},{"text":"b","text":"x"},{"text":"c"}]',
+        "a.json:1: the field",
+    ),
     "torn": ("a.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "a.jsonl:2: not JSON"),
     "digits": (
         "a.jsonl",

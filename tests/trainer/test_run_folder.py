@@ -87,6 +87,29 @@ def test_going_back_to_a_step_leaves_what_came_after(config_file):
         run(config_file, 1, *BASE, "checkpoint.resume_step=1")
 
 
+@pytest.mark.slow
+def test_a_start_after_a_nan_goes_back_beyond_what_led_there(config_file):
+    """A rate that breaks the weights in step 3; the checkpoint of step 3 has them."""
+    every = [*BASE, "checkpoint.every=1"]
+    folder = RunFolder(config_file.parent / "run")
+    straight = run(config_file, 1, *every, f"run.dir={config_file.parent / 'straight'}")
+    run(config_file, 1, *every, "train.stop_after=2")
+    broken = [*every, "optim.learning_rate=1e30"]
+    with pytest.raises(AssertionError, match="goes back to step 2, for step 3 led here"):
+        run(config_file, 1, *broken)
+    with pytest.raises(AssertionError, match=r"the (loss|gradient norm) is .* at step 4"):
+        run(config_file, 1, *every, "checkpoint.resume_step=3")
+    with pytest.raises(AssertionError, match=r"guard\.max_skips 1 steps were left out"):
+        run(config_file, 1, *every, "guard.on_bad_step=skip", "guard.max_skips=1", "train.steps=6")
+    mended = run(config_file, 1, *every)
+    assert any("step-000003 is put aside, for it led to the bad" in t for t in warnings(mended))
+    assert started_at(mended) == 2
+    assert figures(mended) == figures(straight)[2:]
+    assert (folder.checkpoints / "step-000003.left").is_dir()
+    started = run(config_file, 1, *every, "checkpoint.resume_step=3", "train.stop_after=1")
+    assert started_at(started) == 3  # that of the run that was mended
+
+
 def test_foreign_names_are_left_alone(tmp_path):
     folder = RunFolder(tmp_path)
     for name in ("step-000003", "step-000003-best", "step-x", "notes", "step-000010.damaged"):
