@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from data_prep.files import at_home
+from data_prep.remote import Remote
 from data_prep.sources import FORMATS, Selection
-from data_prep.write import Settings, prepare
+from data_prep.sources.storage import is_address
+from data_prep.write import Settings, prepare, prepare_remote
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +42,7 @@ def _prepare(argv: list[str]) -> int:
         help="files, folders or addresses (s3://...) of them: text, .jsonl, .json, .csv, .tsv, "
         ".parquet, packed (.gz, .bz2, .xz, .zst) or not; or `stdlib`, Python's own library",
     )
-    add("--out", required=True, type=Path, metavar="DIR")
+    add("--out", required=True, metavar="DIR", help="a folder, or an address (s3://...) of one")
     add(
         "--tokenizer",
         default=defaults.tokenizer,
@@ -101,7 +103,12 @@ def _prepare(argv: list[str]) -> int:
         skip_faulty=args.skip_faulty,
         allow_changes=args.allow_changes,
     )
-    info = prepare(selection, at_home(str(args.out)), settings, max(1, args.workers))
+    workers = max(1, args.workers)
+    if is_address(args.out):
+        info = prepare_remote(selection, Remote(args.out), settings, workers)
+    else:
+        out = at_home(args.out.removeprefix("file://"))
+        info = prepare(selection, out, settings, workers)
     total = sum(split.tokens for split in info.splits.values())
     for name, split in info.splits.items():
         print(

@@ -38,7 +38,17 @@ class Streams:
         self._sizes = [len(table.lengths) for table in tables]
         self._table = Table.joined([*tables, Table.of([])])
         self._numbers = document_numbers(self._table)
-        self._held = held_tokens(self._table, choose(self._table, held_out))
+        self._split = choose(self._table, held_out)
+        self._held = held_tokens(self._table, self._split)
+
+    def large_held_out(self, share: float = 0.1) -> Iterator[tuple[int, int, int, bool]]:
+        """(part, key, tokens held out, whether it is cut) of documents that are a large share."""
+        held = np.bincount(self._numbers, self._held, 0).astype(np.int64)
+        parts = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        for number in np.flatnonzero((held > 0) & (held >= share * held.sum())).tolist():
+            stretch = int(np.searchsorted(self._numbers, number))
+            key = int(self._table.keys[stretch])
+            yield int(parts[stretch]), key, int(held[number]), number == self._split.cut
 
     def of(self, split: str) -> Iterator[Chunk]:
         """A split, some million tokens at a time."""

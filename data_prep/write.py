@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import numpy as np
 
 from data_prep.files import file_sha256, sync_to_disk
 from data_prep.pack import Streams, pack
+from data_prep.parts import document_key
+from data_prep.remote import Remote
 from data_prep.schema import INFO_NAME, SPLITS, TOKENIZER_NAME, DatasetInfo, load_info
 from data_prep.sources import Piece, Selection, plan
 from data_prep.tokenize import Limits, Work, tokenize
@@ -48,6 +51,40 @@ def prepare(
     What was left out, and why, goes to `tell`; None: nothing is shown. Raises ValueError for bad
     input, naming file and line, and for a target that cannot be written or holds something else.
     """
+    return _write(_planned(selection, out, settings, tell), out, settings, workers, tell)
+
+
+def prepare_remote(
+    selection: Selection, out: Remote, settings: Settings, workers: int, tell: Tell | None = print
+) -> DatasetInfo:
+    """The same at an address: made in a folder of this machine, and brought there when whole."""
+    for source in selection.sources + selection.held_out_from:
+        if out.within(source):
+            raise ValueError(f"--out {out.address} lies in the source {source}: choose another")
+    folder = out.folder()
+    planned = _planned(selection, folder, settings, tell)
+    if there := out.existing():
+        return _asked_for(there, planned.fingerprint, out.address)
+    info = _write(planned, folder, settings, workers, tell)
+    out.upload(folder)
+    shutil.rmtree(folder)
+    return info
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be prepared, before any of it is."""
+
+    selection: Selection
+    tokenizer: Tokenizer
+    end: int | None  # the token after every document
+    vocab_size: int
+    pieces: list[Piece]
+    described: str  # whatever decides the tokens of a piece, beside its text
+    fingerprint: str
+
+
+def _planned(selection: Selection, out: Path, settings: Settings, tell: Tell | None) -> _Plan:
     _check(selection, settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     end, vocab_size = _end_of_document(settings, tokenizer)
@@ -56,47 +93,62 @@ def prepare(
     described = json.dumps(
         [selection.field, settings.block_size, settings.end_of_document, tokenizer.fingerprint]
     )
-    keys = [f"{i:06}-{_piece_key(piece, described)}" for i, piece in enumerate(pieces)]
     identity = [asdict(settings) | {"tokenizer": ""}, described, _identity(pieces)]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    say = tell or (lambda line: None)
-    for note in notes:
-        say(f"note: {note}")
-    if out.exists():
-        return existing_dataset(out, fingerprint)
+    if tell:
+        for note in notes:
+            tell(f"note: {note}")
+    return _Plan(selection, tokenizer, end, vocab_size, pieces, described, fingerprint)
 
+
+def _write(
+    planned: _Plan, out: Path, settings: Settings, workers: int, tell: Tell | None
+) -> DatasetInfo:
+    if out.exists():
+        return existing_dataset(out, planned.fingerprint)
     info = DatasetInfo(
-        tokenizer=tokenizer.name,
-        vocab_size=vocab_size,
+        tokenizer=planned.tokenizer.name,
+        vocab_size=planned.vocab_size,
         block_size=settings.block_size,
-        dtype=np.min_scalar_type(vocab_size - 1).name,
-        fingerprint=fingerprint,
-        end_of_document=end,
+        dtype=np.min_scalar_type(planned.vocab_size - 1).name,
+        fingerprint=planned.fingerprint,
+        end_of_document=planned.end,
     )
+    say = tell or (lambda line: None)
     partial = out.with_name(out.name + ".partial")
-    try:
-        (partial / "parts").mkdir(parents=True, exist_ok=True)
-        lock = (partial / "lock").open("w")
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror}: {error.filename}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another data_prep is writing {out}: wait for it to end") from None
-    with lock:
-        parts = [partial / "parts" / f"{key}.npz" for key in keys]
-        name = str(tokenizer.path) if isinstance(tokenizer, JsonTokenizer) else "bytes"
+    with _only_writer(partial, out):
+        keys = (_piece_key(piece, planned.described) for piece in planned.pieces)
+        parts = [partial / "parts" / f"{i:06}-{key}.npz" for i, key in enumerate(keys)]
+        path = getattr(planned.tokenizer, "path", "bytes")
         work = [
-            Work(piece, part, name, selection.field, info.dtype, end)
-            for piece, part in zip(pieces, parts, strict=True)
+            Work(piece, part, str(path), planned.selection.field, info.dtype, planned.end)
+            for piece, part in zip(planned.pieces, parts, strict=True)
         ]
         limits = Limits(settings.skip_faulty, settings.allow_changes)
         tokenize(work, limits, workers, progress=tell is not None)
         info.left_out, info.changed_texts = limits.left_out, len(limits.changed)
         for line in _told(limits):
             say(line)
-        seal_dataset(parts, info, settings, partial, out)
+        streams = seal_dataset(parts, info, settings, partial, out)
+    for line in [] if planned.selection.held_out_from else _held_out(streams, planned.pieces):
+        say(line)
     return info
+
+
+@contextmanager
+def _only_writer(partial: Path, out: Path) -> Iterator[None]:
+    """Be the only one that prepares `out`. Raises ValueError where another is, or nobody can."""
+    try:
+        (partial / "parts").mkdir(parents=True, exist_ok=True)
+        lock = (partial / "lock").open("w")
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}: {error.filename}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another data_prep is writing {out}: wait for it to end") from None
+        yield
 
 
 def _check(selection: Selection, settings: Settings) -> None:
@@ -136,9 +188,19 @@ def _told(limits: Limits) -> Iterator[str]:
         yield f"left out the byte-order marks at the beginning of {limits.marks} files"
 
 
+def _held_out(streams: Streams, pieces: list[Piece]) -> Iterator[str]:
+    """Which large documents are held out: whoever evaluates on them should know."""
+    for part, key, tokens, cut in streams.large_held_out():
+        files = pieces[part].files
+        named = [f.path for f in files if document_key(f.name) == key]
+        document = pieces[part].document or (named or [f"a document of {files[0].path}"])[0]
+        what = f"the last {tokens:,} tokens of {document}" if cut else f"all of {document}"
+        yield f"held out: {what}" + ("" if cut else f" ({tokens:,} tokens)")
+
+
 def seal_dataset(
     parts: list[Path], info: DatasetInfo, settings: Settings, partial: Path, out: Path
-) -> None:
+) -> Streams:
     """Pack the parts into `partial`, complete `info`, and rename the folder to what it is now."""
     tokenizer = load_tokenizer(settings.tokenizer)
     streams = Streams(parts, info.dtype, settings.held_out, tokenizer)
@@ -156,16 +218,20 @@ def seal_dataset(
         sync_to_disk(path)
     partial.rename(out)
     sync_to_disk(out.parent)
+    return streams
 
 
 def existing_dataset(out: Path, fingerprint: str) -> DatasetInfo:
     """What `out` holds, if that is what was asked for."""
     if not (out / INFO_NAME).is_file():
         raise ValueError(f"{out} exists and is not a prepared dataset: choose another --out")
-    info = load_info(out)
+    return _asked_for(load_info(out), fingerprint, str(out))
+
+
+def _asked_for(info: DatasetInfo, fingerprint: str, where: str) -> DatasetInfo:
     if info.fingerprint != fingerprint:
         raise ValueError(
-            f"{out} was prepared from other sources, an older state of them, or other settings: "
+            f"{where} was prepared from other sources, an older state of them, or other settings: "
             f"choose another --out, or remove it first"
         )
     return info

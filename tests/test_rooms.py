@@ -29,7 +29,7 @@ DOORS = {
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
     "triton": ("models/scan/kernels/loops.py", "models/scan/recurrences/*/triton.py"),
-    "fsspec": ("trainer/storage.py", "data_prep/sources/storage.py"),
+    "fsspec": ("trainer/storage.py", "data_prep/sources/storage.py", "data_prep/remote.py"),
     "deepspeed": ("trainer/engine.py", "trainer/reshape.py"),
     "streaming": ("data_prep/mds.py",),
 }

@@ -1,9 +1,11 @@
 """How fast text is prepared: beside the tokenizers library alone, and by the number of files.
 
-    python -m tests.benchmarks.bench_prep [--quick]
+    python -m tests.benchmarks.bench_prep [--quick] [--datatrove PYTHON]
 
 The tokenizer is trained on the text. "library alone" is encode_batch of the same documents with all
 cores, nothing read, checked or written. Each command is a process of its own, started and ended.
+"datatrove" is its JsonlReader and DocumentTokenizer with as many workers as cores, run by a Python
+that has it (`pip install datatrove[io,processing]`); it reads eight files, as we do in that row.
 """
 
 import argparse
@@ -20,14 +22,34 @@ from pathlib import Path
 from tests.benchmarks import results
 
 REPEATS = 3
+FILES = 8  # for datatrove, which reads a file by one worker
+DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+
+if __name__ == "__main__":
+    source, tokenizer, out, workers = sys.argv[1:]
+    tokens = DocumentTokenizer(
+        out, tokenizer_name_or_path=tokenizer, eos_token=None, shuffle_documents=False
+    )
+    steps = [JsonlReader(source), tokens]
+    LocalPipelineExecutor(steps, tasks=8, workers=int(workers), logging_dir=out + "-logs").run()
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--datatrove", metavar="PYTHON", help="of an environment that has it")
+    args = parser.parse_args()
+    quick = args.quick
     with tempfile.TemporaryDirectory() as name:
-        rows = _rows(Path(name), 2 if quick else 100, 200 if quick else 50_000)
+        folder = Path(name)
+        rows = _rows(folder, 2 if quick else 100, 200 if quick else 50_000)
+        if args.datatrove:
+            rows.append(_beside_datatrove(folder, args.datatrove, 2 if quick else 100, rows[0]))
     text = "# Preparation of text\n\n" + results.circumstances() + "\n"
     text += f"Medians of {REPEATS}; startup of the command is in all but the last column.\n\n"
     text += results.table(rows)
@@ -69,9 +91,35 @@ def _rows(folder: Path, megabytes: int, files: int) -> list[dict[str, object]]:
                 "files/s": f"{files / seconds:,.0f}" if source == small[0] else "",
                 "library alone, MB/s": round(megabytes / alone, 1) if name != "bytes" else "",
                 "without startup, MB/s": round(size / work, 1),
+                "datatrove, MB/s": "",
             }
         )
     return rows
+
+
+def _beside_datatrove(
+    folder: Path, python: str, megabytes: int, columns: dict[str, object]
+) -> dict[str, object]:
+    """The same JSON lines in eight files, by turns."""
+    (folder / "parts").mkdir()
+    lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
+    for part in range(FILES):
+        (folder / "parts" / f"{part}.jsonl").write_text("".join(lines[part::FILES]))
+    (folder / "peer.py").write_text(DATATROVE)
+    tokenizer = str(folder / "tokenizer.json")
+    ours, theirs = [], []
+    for repeat in range(REPEATS):
+        out = str(folder / f"peer-{repeat}")
+        command = [python, "peer.py", "parts", tokenizer, out, str(os.cpu_count())]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        theirs.append(time.perf_counter() - started)
+        ours.append(_seconds(folder, ["parts"], tokenizer))
+    return dict.fromkeys(columns, "") | {
+        "what": f"BPE of 8,000, {FILES} files of JSON lines",
+        "MB/s": round(megabytes / statistics.median(ours), 1),
+        "datatrove, MB/s": round(megabytes / statistics.median(theirs), 1),
+    }
 
 
 def _tokenizer(texts: list[str], path: Path) -> str:

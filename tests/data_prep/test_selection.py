@@ -6,8 +6,9 @@ import os
 import fsspec
 import pytest
 
+from data_prep.remote import Remote
 from data_prep.sources import Selection, plan
-from data_prep.write import Settings, prepare
+from data_prep.write import Settings, prepare, prepare_remote
 from tests.data_prep.test_data_prep import tokens_of
 from tests.data_prep.test_sources import texts_of
 
@@ -100,3 +101,61 @@ def test_a_source_given_twice_is_another_dataset(tmp_path):
     prepare(Selection((source,)), tmp_path / "out", chosen, 1, tell=None)
     with pytest.raises(ValueError, match="was prepared from other sources"):
         prepare(Selection((source, source)), tmp_path / "out", chosen, 1, tell=None)
+
+
+def test_a_dataset_at_an_address_is_the_one_here(tmp_path, monkeypatch):
+    """Byte for byte, dataset.json last; again it is found there, and never its own source."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = Selection((str(tmp_path / "a.txt"),))
+    (tmp_path / "a.txt").write_text("text\n" * 50)
+    chosen = Settings(block_size=8)
+    here = prepare(source, tmp_path / "out", chosen, 1, tell=None)
+    store = fsspec.filesystem("memory")
+    put = store.put_file
+    brought = []
+
+    def counted(path, target, **options):
+        brought.append(target)
+        if len(brought) == 3:
+            raise OSError("the store is away")
+        put(path, target, **options)
+
+    monkeypatch.setattr(type(store), "put_file", staticmethod(counted))
+    with pytest.raises(OSError, match="the store is away; run the same command again"):
+        prepare_remote(source, Remote("memory://bucket/set"), chosen, 1, tell=None)
+    assert not store.exists("/bucket/set/dataset.json")
+    told: list[str] = []
+    there = prepare_remote(source, Remote("memory://bucket/set"), chosen, 1, told.append)
+    assert there == here
+    assert brought[-1].endswith("dataset.json")
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    for path in files:
+        assert store.cat(f"/bucket/set/{path.relative_to(tmp_path / 'out')}") == path.read_bytes()
+    assert len(store.find("/bucket/set")) == len(files)
+    assert not list((tmp_path / "cache").rglob("*.mds"))
+    count = len(brought)
+    assert prepare_remote(source, Remote("memory://bucket/set/"), chosen, 1, tell=None) == here
+    assert len(brought) == count
+    with pytest.raises(ValueError, match="memory://bucket/set was prepared from other sources"):
+        prepare_remote(source, Remote("memory://bucket/set"), Settings(), 1, tell=None)
+    inside = Selection(("memory://bucket",))
+    with pytest.raises(ValueError, match="lies in the source memory://bucket"):
+        prepare_remote(inside, Remote("memory://bucket/set"), chosen, 1, tell=None)
+    for address in ("s3://", "://x", "a::s3://b", "nope://x"):
+        with pytest.raises(ValueError, match=r"names no place|cannot be used"):
+            Remote(address)
+    store.rm("/bucket", recursive=True)
+
+
+def test_large_documents_that_are_held_out_are_named(tmp_path):
+    for name, size in (("small", 100), ("large", 5000)):
+        (tmp_path / f"{name}.txt").write_text("a" * size)
+    told: list[str] = []
+    chosen = Settings(block_size=8, held_out=0.3)
+    prepare(Selection((str(tmp_path),)), tmp_path / "out", chosen, 1, told.append)
+    held_out = [line for line in told if "held out" in line]
+    assert held_out == [f"held out: the last 1,430 tokens of {tmp_path / 'large.txt'}"]
+    rest = Selection((str(tmp_path / "large.txt"),), held_out_from=(str(tmp_path / "small.txt"),))
+    told.clear()
+    prepare(rest, tmp_path / "other", chosen, 1, told.append)
+    assert not any("tokens of" in line for line in told)
