@@ -1,18 +1,20 @@
 """The scan in plain torch: any recurrence, any device, no build, and hand-written backwards.
 
 Time is cut into about sqrt(T) chunks of about sqrt(T) steps. One loop over the steps of a chunk
-runs all chunks at once, so that T steps cost about sqrt(T) tensor operations.
+runs all chunks at once, so that T steps cost about sqrt(T) tensor operations. Gates and states are
+in fp64, whatever the inputs: any recurrence is then exact over long memories, which in fp32 would
+take forms of its own.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from models.scan.backend import Grads, Scanned
 from models.scan.recurrence import Inputs, Problem, Recurrence
-from models.scan.span import Decay, Span
+from models.scan.span import Decay, Span, span_dtype
 
 asks_autograd = False
 
@@ -24,14 +26,14 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
     """A span keeps its chunks' maps; a forward its states, where they are not y itself."""
-    decay, state = problem.new_decay(), problem.new_state()
+    span = problem.new_span()
     count = -(-problem.steps // math.isqrt(problem.steps))
-    kept = tuple(x.new_empty(x.shape[0], count, *x.shape[1:]) for x in (decay, state))
+    kept = tuple(x.new_empty(x.shape[0], count, *x.shape[1:]) for x in (span.decay, span.state))
+    state = problem.new_state()
     states: tuple[Tensor, ...] = ()
     if problem.recurrence.own_output:
         states = (state.new_empty(state.shape[0], problem.steps, *state.shape[1:]),)
-    span = Span(decay, state, kept, problem.recurrence.kind)
-    return span, Scanned(problem.new_output(), problem.new_state(), states)
+    return replace(span, kept=kept), Scanned(problem.new_output(), state, states)
 
 
 def summarize(problem: Problem) -> Span:
@@ -41,14 +43,15 @@ def summarize(problem: Problem) -> Span:
 
 def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
     """The states entering all chunks, then the chunks."""
-    recurrence, inputs = problem.recurrence, problem.inputs
+    recurrence, dtype = problem.recurrence, problem.inputs[0].dtype
     maps = _Maps.of(problem)
     span = span or maps.summarize()
     h = maps.states(span, h_in)
+    h_last = span.apply(h_in).to(h_in.dtype)
     if recurrence.own_output:
-        y = recurrence.output(inputs, h).to(inputs[0].dtype)
-        return Scanned(y, span.apply(h_in), (h,))
-    return Scanned(h.to(inputs[0].dtype), span.apply(h_in))
+        y = recurrence.output(_wide(problem), h).to(dtype)
+        return Scanned(y, h_last, (h.to(h_in.dtype),))
+    return Scanned(h.to(dtype), h_last)
 
 
 def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
@@ -61,50 +64,60 @@ def backward(
     problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
 ) -> tuple[Inputs, Tensor]:
     """The flow of the gradient, and what it leaves at every step."""
-    recurrence, inputs, h_in = problem.recurrence, problem.inputs, scanned.h_last
+    recurrence, inputs, h_in = problem.recurrence, _wide(problem), scanned.h_last
     grad_y, grad_out = grads
     maps, grad_h = _Maps.of_gradient(problem, grad_y)
     span = span or maps.summarize()
     flow = maps.states(span, grad_out)
     grad_b = torch.cat([flow[:, 1:], grad_out.unsqueeze(1)], dim=1).add_(grad_h)
-    h = scanned.kept[0] if recurrence.own_output else scanned.y
-    previous = torch.cat([h_in.unsqueeze(1), h[:, :-1].to(h_in.dtype)], dim=1)
+    h = (scanned.kept[0] if recurrence.own_output else scanned.y).to(maps.a.dtype)
+    previous = torch.cat([h_in.to(h.dtype).unsqueeze(1), h[:, :-1]], dim=1)
+    if problem.reset is not None:
+        previous = recurrence.kind.let_through(maps.a, previous)
     grad_a = problem.cleared(recurrence.kind.gradient(grad_b, previous, maps.a.shape))
     gradients = recurrence.gates_backward(inputs, grad_a, grad_b)
     if recurrence.own_output:
-        read = recurrence.output_gradients(inputs, h, grad_y)
-        gradients = tuple(
-            g if r is None else (g + r).to(g.dtype) for g, r in zip(gradients, read, strict=True)
-        )
-    return gradients, span.apply(grad_out)
+        read = recurrence.output_gradients(inputs, h, grad_y.to(span_dtype(grad_y.dtype)))
+        gradients = tuple(g if r is None else g + r for g, r in zip(gradients, read, strict=True))
+    narrow = tuple(g.to(x.dtype) for g, x in zip(gradients, problem.inputs, strict=True))
+    return narrow, span.apply(grad_out).to(grad_out.dtype)
+
+
+def _wide(problem: Problem) -> Inputs:
+    """The inputs in fp64, or complex128."""
+    return tuple(x.to(span_dtype(x.dtype)) for x in problem.inputs)
 
 
 @dataclass(frozen=True)
 class _Maps:
-    """h = a h + b at every step, run to the right or (reverse) to the left; [B, T, ...] each."""
+    """h = a h + b at every step, run to the right or (reverse) to the left; [B, T, ...] each.
+
+    `clears`: an a that is zero is a reset.
+    """
 
     a: Tensor
     b: Tensor
     kind: Decay
+    clears: bool
     reverse: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> "_Maps":
-        a, b = problem.recurrence.gates(problem.inputs)
-        return cls(problem.cleared(a), b, problem.recurrence.kind)
+        a, b = problem.recurrence.gates(_wide(problem))
+        return cls(problem.cleared(a), b, problem.recurrence.kind, problem.reset is not None)
 
     @classmethod
     def of_gradient(cls, problem: Problem, grad_y: Tensor) -> tuple["_Maps", Tensor]:
         """Of the gradient's flow; and the gradient of every h from outside."""
-        recurrence = problem.recurrence
-        a = problem.cleared(recurrence.gates(problem.inputs)[0])
+        recurrence, inputs = problem.recurrence, _wide(problem)
+        a = problem.cleared(recurrence.gates(inputs)[0])
         a = recurrence.kind.adjoint(a)
-        grad_h = grad_y
+        grad_h = grad_y.to(span_dtype(grad_y.dtype))
         if recurrence.own_output:
-            grad_h = recurrence.state_gradient(problem.inputs, grad_y)
+            grad_h = recurrence.state_gradient(inputs, grad_h)
         grad_h = grad_h.to(a.dtype)  # a matrix product promotes nothing
         flows = recurrence.kind.compose(a, grad_h)
-        return cls(a, flows, recurrence.kind, reverse=True), grad_h
+        return cls(a, flows, recurrence.kind, problem.reset is not None, reverse=True), grad_h
 
     def order(self, length: int) -> range:
         return range(length - 1, -1, -1) if self.reverse else range(length)
@@ -124,23 +137,29 @@ class _Maps:
         first, *rest = self.order(a.shape[dim])
         decay, state = a.select(dim, first).clone(), b.select(dim, first).clone()
         for t in rest:
-            state = self.kind.step(a.select(dim, t), state, b.select(dim, t))
+            state = self._step(a.select(dim, t), state, b.select(dim, t))
             decay = self.kind.compose(a.select(dim, t), decay)
         return decay.resolve_conj(), state
+
+    def _step(self, a: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        if self.clears:
+            h = self.kind.let_through(a, h)
+        return self.kind.step(a, h, b)
 
     def states(self, span: Span, entering: Tensor) -> Tensor:
         """The state after every step [B, T, ...], from the one that enters at the open end."""
         chunk_decay, chunk_state = span.kept
         starts = torch.empty_like(chunk_state)  # the state entering each chunk
+        entering = entering.to(chunk_state.dtype)
         for n in self.order(chunk_state.shape[1]):
             starts[:, n] = entering
-            entering = self.kind.step(chunk_decay[:, n], entering, chunk_state[:, n])
+            entering = self._step(chunk_decay[:, n], entering, chunk_state[:, n])
         h = torch.empty_like(self.b, memory_format=torch.contiguous_format)
         first = 0
         for a, b, out in zip(*map(_chunks, (self.a, self.b, h)), strict=True):
             state = starts[:, first : first + a.shape[1]]
             for t in self.order(a.shape[2]):
-                state = self.kind.step(a[:, :, t], state, b[:, :, t])
+                state = self._step(a[:, :, t], state, b[:, :, t])
                 out[:, :, t] = state
             first += a.shape[1]
         return h

@@ -50,8 +50,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p * MOST_INPUTS) for name in ("x", "out")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("reset", "h", "grad_h", "state_in", "h_in", "decay", "state")
+            for name in ("reset", "h", "grad_h", "state_in", "h_in", "state")
         ),
+        *((name, ctypes.c_void_p) for name in ("span_decay", "span_state")),
         ("threads", ctypes.c_int32),
     ]
 
@@ -76,30 +77,28 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
     """Nothing of size T is kept."""
-    return Span(problem.new_decay(), problem.new_state()), Scanned(
-        problem.new_output(), problem.new_state()
-    )
+    return problem.new_span(), Scanned(problem.new_output(), problem.new_state())
 
 
 def summarize(problem: Problem) -> Span:
     """Reads the inputs once."""
-    span = empty(problem)[0]
-    _Call(problem).run(SUMMARIZE, decay=span.decay, state=span.state)
+    span = problem.new_span()
+    _Call(problem).run(SUMMARIZE, span_decay=span.decay, span_state=span.state)
     return span
 
 
 def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
     """In one pass; a span is not needed."""
     scanned = empty(problem)[1]
-    call = _Call(problem, out=(scanned.y,))
-    call.run(FORWARD, state_in=h_in, state=scanned.h_last)
+    _Call(problem, out=(scanned.y,)).run(FORWARD, state_in=h_in, state=scanned.h_last)
     return scanned
 
 
 def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
     """Reads the gradient, and what the decay is made of."""
-    span = empty(problem)[0]
-    _Call(problem).run(SUMMARIZE_BACKWARD, grad_h=grad_y, decay=span.decay, state=span.state)
+    span = problem.new_span()
+    spans = {"span_decay": span.decay, "span_state": span.state}
+    _Call(problem).run(SUMMARIZE_BACKWARD, grad_h=grad_y, **spans)
     return span
 
 

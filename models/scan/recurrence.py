@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.scan.span import ELEMENTWISE, Decay
+from models.scan.span import ELEMENTWISE, Decay, Span, span_dtype
 
 Inputs = tuple[Tensor, ...]
 
@@ -98,6 +98,17 @@ class Recurrence:
         return (None,) * len(inputs)
 
 
+def reset_fault(reset: Tensor, x: Tensor) -> str | None:
+    """What is wrong with a reset mask for x [B, T, ...]; anything but zero in it is a reset."""
+    if reset.shape != x.shape[:2]:
+        return f"reset must be [B, T] = {list(x.shape[:2])}, got {tuple(reset.shape)}"
+    if reset.dtype not in (torch.bool, torch.uint8):
+        return (
+            f"reset must be bool or uint8, got {reset.dtype}: say what is a reset, as `mask != 0`"
+        )
+    return None
+
+
 # Recurrences by name: operators take no objects.
 KNOWN: dict[str, Recurrence] = {}
 
@@ -154,12 +165,13 @@ class Problem:
             self.state_shape, dtype=self.recurrence.state_dtype(self.inputs)
         )
 
-    def new_decay(self) -> Tensor:
-        """An uninitialised decay of a span."""
-        return self.inputs[0].new_empty(
-            self.recurrence.decay_shape(self.inputs),
-            dtype=self.recurrence.state_dtype(self.inputs),
-        )
+    def new_span(self) -> Span:
+        """An uninitialised span of all steps."""
+        dtype = span_dtype(self.recurrence.state_dtype(self.inputs))
+        decay_shape = self.recurrence.decay_shape(self.inputs)
+        decay = self.inputs[0].new_empty(decay_shape, dtype=dtype)
+        state = self.inputs[0].new_empty(self.state_shape, dtype=dtype)
+        return Span(decay, state, kind=self.recurrence.kind)
 
     def new_output(self) -> Tensor:
         """An uninitialised y, in the inputs' dtype."""
@@ -190,8 +202,8 @@ class Problem:
         if len(devices) > 1:
             shown = " and ".join(sorted(str(device) for device in devices))
             return f"{name} scan needs all tensors on one device, got {shown}"
-        if reset is not None and reset.shape != first.shape[:2]:
-            return f"reset must be [B, T] = {list(first.shape[:2])}, got {tuple(reset.shape)}"
+        if reset is not None and (fault := reset_fault(reset, first)):
+            return fault
         if h0 is not None and h0.shape != self.state_shape:
             axes = "[B, H]" if len(self.state_shape) == 2 else "[B, ...]"
             return f"h0 must be {axes} = {list(self.state_shape)}, got {tuple(h0.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.scan.backend import Grads, Scanned
 from models.scan.recurrence import Inputs, Problem, Recurrence
-from models.scan.span import Span
+from models.scan.span import Span, span_dtype
 
 asks_autograd = True
 
@@ -22,17 +22,17 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
     """As summarize and forward return."""
-    span = Span(problem.new_decay(), problem.new_state(), kind=problem.recurrence.kind)
-    return span, Scanned(problem.new_output(), problem.new_state())
+    return problem.new_span(), Scanned(problem.new_output(), problem.new_state())
 
 
 def summarize(problem: Problem) -> Span:
     """One step composed with the next, from the first to the last."""
     kind = problem.recurrence.kind
-    a, b = _maps(problem)
+    a, b = (x.to(span_dtype(x.dtype)) for x in _maps(problem))
     decay, state = a[:, 0], b[:, 0]
     for t in range(1, problem.steps):
-        decay, state = kind.compose(a[:, t], decay), kind.step(a[:, t], state, b[:, t])
+        state = kind.step(a[:, t], kind.let_through(a[:, t], state), b[:, t])
+        decay = kind.compose(a[:, t], decay)
     return Span(decay.clone(), state.clone(), kind=kind)
 
 
@@ -49,7 +49,7 @@ def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
         (state,) = torch.autograd.grad(_loop(problem, h_in)[0], h_in, grad_y)
     span = summarize(problem)
     kind = problem.recurrence.kind
-    return Span(kind.adjoint(span.decay).resolve_conj(), state, kind=kind)
+    return Span(kind.adjoint(span.decay).resolve_conj(), state.to(span.state.dtype), kind=kind)
 
 
 def backward(
@@ -82,6 +82,8 @@ def _loop(problem: Problem, h: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _maps(problem)
     states = []
     for t in range(problem.steps):
+        if problem.reset is not None:
+            h = problem.recurrence.kind.let_through(a[:, t], h)
         h = problem.recurrence.kind.step(a[:, t], h, b[:, t])
         states.append(h)
     y = problem.recurrence.output(_wide(problem), torch.stack(states, dim=1))

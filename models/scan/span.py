@@ -13,6 +13,10 @@ class Decay:
         """a h + b, as large as b."""
         raise NotImplementedError
 
+    def let_through(self, a: Tensor, h: Tensor) -> Tensor:
+        """h, or zero where a is: a state that is cleared is gone, if it was not finite too."""
+        raise NotImplementedError
+
     def compose(self, later: Tensor, earlier: Tensor) -> Tensor:
         """The decay of two steps."""
         raise NotImplementedError
@@ -30,6 +34,9 @@ class _Elementwise(Decay):
     def step(self, a: Tensor, h: Tensor, b: Tensor) -> Tensor:
         return torch.addcmul(b, a, h)
 
+    def let_through(self, a: Tensor, h: Tensor) -> Tensor:
+        return torch.where(a == 0, 0.0, h)
+
     def compose(self, later: Tensor, earlier: Tensor) -> Tensor:
         return later * earlier
 
@@ -43,6 +50,9 @@ class _Elementwise(Decay):
 class _Matrix(Decay):
     def step(self, a: Tensor, h: Tensor, b: Tensor) -> Tensor:
         return b + a @ h
+
+    def let_through(self, a: Tensor, h: Tensor) -> Tensor:
+        return torch.where((a == 0).all(-1, keepdim=True).all(-2, keepdim=True), 0.0, h)
 
     def compose(self, later: Tensor, earlier: Tensor) -> Tensor:
         return later @ earlier
@@ -58,12 +68,18 @@ ELEMENTWISE = _Elementwise()  # a [B, ...] that broadcasts against h [B, ...], r
 MATRIX = _Matrix()  # a [B, ..., K, K] on h [B, ..., K, V]
 
 
+def span_dtype(state: torch.dtype) -> torch.dtype:
+    """Of the spans of steps whose states are of that dtype."""
+    return torch.complex128 if state.is_complex else torch.float64
+
+
 @dataclass(frozen=True)
 class Span:
     """Consecutive steps as one map, h -> decay h + state.
 
-    decay and state [B, ...] in the state's dtype. `kept` is what the backend that summarised the
-    steps wants again for their output; nobody else reads it.
+    decay and state [B, ...] in fp64 (complex128): a decay is near one where memory is long, and in
+    fp32 what it lacks would be lost. A span is small, so that costs nothing. `kept` is what the
+    backend that summarised the steps wants again for their output; nobody else reads it.
     """
 
     decay: Tensor
@@ -72,8 +88,9 @@ class Span:
     kind: Decay = ELEMENTWISE
 
     def apply(self, h: Tensor) -> Tensor:
-        """The state that leaves, from the one that enters."""
-        return self.kind.step(self.decay, h, self.state)
+        """The state that leaves, from the one that enters, in the span's dtype."""
+        entering = self.kind.let_through(self.decay, h.to(self.state.dtype))
+        return self.kind.step(self.decay, entering, self.state)
 
     def pack(self) -> Tensor:
         """Decay and state as real numbers, [B, n]: what crosses to another device."""

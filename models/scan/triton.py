@@ -55,12 +55,11 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
     """A span keeps its chunks' maps, [2, B, N, H]."""
-    state = problem.new_state()
+    span = problem.new_span()
     count = _ceil(problem.steps, _chunk_steps(problem))
-    maps = state.new_empty(2, problem.batch, count, problem.width)
-    return Span(problem.new_decay(), state, (maps,)), Scanned(
-        problem.new_output(), problem.new_state()
-    )
+    maps = span.state.new_empty(2, problem.batch, count, problem.width)
+    scanned = Scanned(problem.new_output(), problem.new_state())
+    return Span(span.decay, span.state, (maps,)), scanned
 
 
 def summarize(problem: Problem) -> Span:
@@ -102,7 +101,7 @@ def _summarize(problem: Problem, grad_y: Tensor | None, reverse: bool) -> Span:
     chunk = _chunk_steps(problem)
     inputs = tuple(x.contiguous() for x in problem.inputs)
     count = _ceil(problem.steps, chunk)
-    maps = inputs[0].new_empty(2, problem.batch, count, problem.width, dtype=torch.float32)
+    maps = inputs[0].new_empty(2, problem.batch, count, problem.width, dtype=torch.float64)
     _Launch(problem, chunk).run(
         loops.summarize_kernel,
         *(inputs[0], inputs[-1], inputs[0] if grad_y is None else grad_y, maps),
@@ -133,11 +132,12 @@ def _forward(problem: Problem, h_in: Tensor, span: Span | None, reverse: bool) -
 def _ends(
     problem: Problem, span: Span | None, entering: Tensor, reverse: bool
 ) -> tuple[Tensor, int]:
-    """The state that leaves every chunk [B, N, H], and the steps of a chunk."""
+    """The state that leaves every chunk [B, N, H] fp64, and the steps of a chunk."""
     if span is None or span.kept[0].shape[2] == 1:
         return entering, problem.steps  # one chunk: nobody reads its end
     decay, state = span.kept[0]
-    ends = _forward(Problem(Linear(), (decay, state)), entering, None, reverse).y
+    maps = Problem(Linear(), (decay, state))
+    ends = _forward(maps, entering.to(maps.inputs[0].dtype), None, reverse).y
     return ends, _chunk_steps(problem)
 
 
@@ -160,8 +160,9 @@ def gates_of(recurrence: Recurrence) -> TritonGates:
     return resolve_name(recurrence.triton_gates)
 
 
-def constants(kernel: Any, gates: TritonGates) -> dict[str, Any]:
-    """What a kernel is compiled with for these gates."""
+def constants(kernel: Any, gates: TritonGates, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel is compiled with for these gates, and inputs of that dtype."""
+    wide = dtype == torch.float64  # maps of chunks
     named = {
         "GATES": gates.gates,
         "DECAY": gates.decay,
@@ -171,7 +172,8 @@ def constants(kernel: Any, gates: TritonGates) -> dict[str, Any]:
         "DECAY_READS": gates.decay_reads,
         "BACKWARD_READS": gates.backward_reads,
         # rows whose loads are in flight together: as many as fit the registers without a spill
-        "UNROLL": 4 if kernel is loops.backward_kernel or gates.values == 3 else 8,
+        "UNROLL": (4 if kernel is loops.backward_kernel or wide else 8) // (gates.values - 1),
+        "WIDE": wide,
         "BLOCK": BLOCK,
     }
     return {name: value for name, value in named.items() if name in kernel.arg_names}
@@ -200,7 +202,7 @@ class _Launch:
                 RAW=not INTERPRETED,
                 num_warps=1,
                 **flags,
-                **constants(kernel, gates_of(problem.recurrence)),
+                **constants(kernel, gates_of(problem.recurrence), problem.inputs[0].dtype),
             )
 
 

@@ -29,9 +29,9 @@ class Case:
     def __post_init__(self) -> None:
         batch, steps, width = self.shape
         self.recurrence = RECURRENCES[self.name]
-        parts = [self.recurrence.parts * width] * (2 if self.name == "linear" else 1)
+        parts = [self.recurrence.parts * width] * self.recurrence.tensors
         inputs = [torch.randn(batch, steps, n, device=DEVICE) for n in parts]
-        if self.name == "linear":
+        if self.recurrence.tensors == 2:  # decays, or their complements
             inputs[0].sigmoid_()
         self.inputs: Inputs = tuple(x.to(self.dtype).requires_grad_() for x in inputs)
         self.h_in = torch.zeros(batch, width, device=DEVICE)

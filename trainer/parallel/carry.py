@@ -24,8 +24,8 @@ class CarryExchange:
     def enter(self, span: Span, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The state entering this shard, the state leaving the segment, and all shards' decays.
 
-        Sends a decay and a state, 2 * B * H numbers where both are rows; states are [B, ...], the
-        decays, which the backward wants, [P, B, ...].
+        Sends a decay and a state, 2 * B * H numbers of fp64 where both are rows; states are
+        [B, ...], the decays, which the backward wants, [P, B, ...].
         """
         spans = [span.unpack(packed) for packed in self.group.all_gather(span.pack())]
         h, h_in = h0, h0
@@ -33,7 +33,8 @@ class CarryExchange:
             if rank == self.group.rank:
                 h_in = h
             h = other.apply(h)
-        return h_in, h, torch.stack([other.decay for other in spans])
+        decays = torch.stack([other.decay for other in spans])
+        return h_in.to(h0.dtype), h.to(h0.dtype), decays
 
     def enter_backward(
         self, span: Span, decays: Tensor, grad_h_last: Tensor
@@ -49,4 +50,4 @@ class CarryExchange:
             if rank == self.group.rank:
                 grad_out = flow
             flow = span.with_state(states[rank], decays[rank]).apply(flow)
-        return grad_out, flow
+        return grad_out.to(grad_h_last.dtype), flow.to(grad_h_last.dtype)

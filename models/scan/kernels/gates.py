@@ -8,9 +8,10 @@ from typing import Any
 class TritonGates:
     """Three Triton functions of the values x0, x1, x2 of a channel, and which of them they read.
 
-    decay(x0, x1, RAW) -> a;  gates(x0, x1, x2, RAW) -> a, b of h = a * h + b;
-    backward(q, previous, x0, x1, x2, RAW) -> a and the gradients of the three values, q being the
-    gradient of h. A recurrence of fewer values is given its last one again in place of others.
+    decay(x0, x1, RAW) -> a, c;  gates(x0, x1, x2, RAW) -> a, c, b of h = a * h + b, c = 1 - a;
+    backward(q, previous, x0, x1, x2, RAW) -> a, c and the gradients of the three values, q being
+    the gradient of h. c is made of the gates: from an a near one nothing of it is left. A
+    recurrence of fewer values is given its last one again in place of others.
     """
 
     decay: Any

@@ -18,13 +18,17 @@ import triton.language as tl
 @triton.jit
 def exp_minus(x, RAW: tl.constexpr):
     """exp(-x), at most 2^63, so that a product of two such values is finite. NaN stays NaN."""
-    y = tl.minimum(x * -1.4426950408889634, 63.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.clamp(x, -43.6, 87.0, propagate_nan=tl.PropagateNan.ALL)
     if RAW:  # the library's form checks for denormals
-        return tl.inline_asm_elementwise(
+        y = x * -1.44269504
+        # what the product was rounded by, and the constant: 1e-6 of the result at x = -16
+        lost = tl.fma(x, -1.44269504, -y) - x * 1.925963033e-8
+        e = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )
+        return tl.fma(e, lost * 0.693147181, e)
     else:
-        return tl.exp2(y)
+        return tl.exp2(x.to(tl.float64) * -1.4426950408889634).to(tl.float32)
 
 
 @triton.jit
@@ -50,30 +54,71 @@ def _place(T, H, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _wide(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+def _wide(pointer, mask, WIDE: tl.constexpr):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float64 if WIDE else tl.float32)
 
 
 @triton.jit
-def _load(x, y, H, mask, READS: tl.constexpr, SEPARATE: tl.constexpr):
+def _decayed(value, rest, a, c, b, WIDE: tl.constexpr):
+    """a * (value + rest) + b, and its rest: Kahan's sum where a is near one, c = 1 - a.
+
+    As in vectors.h, which says why. Maps of chunks, which are fp64, need none of it; of those a
+    decay of zero is a reset, and lets nothing through.
+    """
+    if WIDE:
+        return a * tl.where(a == 0.0, 0.0, value) + b, rest
+    else:
+        change = (b - c * value) + rest
+        near = value + change
+        near_one = a >= 0.5
+        left = tl.where(near_one, change - (near - value), 0.0)
+        return tl.where(near_one, near, a * value + b), left
+
+
+@triton.jit
+def _load(x, y, H, mask, READS: tl.constexpr, SEPARATE: tl.constexpr, WIDE: tl.constexpr):
     """The first READS values of one step, the last of them again in place of others."""
-    x0 = _wide(x, mask)
+    x0 = _wide(x, mask, WIDE)
     x1 = x0
     if READS > 1:
-        x1 = _wide(y if SEPARATE else x + H, mask)
+        x1 = _wide(y if SEPARATE else x + H, mask, WIDE)
     x2 = x1
     if READS > 2:
-        x2 = _wide(x + 2 * H, mask)
+        x2 = _wide(x + 2 * H, mask, WIDE)
     return x0, x1, x2
 
 
 @triton.jit
-def _clear(a, reset, t, HAS_RESET: tl.constexpr):
-    """a, or 0 where the state is cleared before step t."""
+def _clear(x, reset, t, HAS_RESET: tl.constexpr):
+    """x, or 0 where the state is cleared before step t."""
     if HAS_RESET:
-        return tl.where(tl.load(reset + t) != 0, 0.0, a)
+        return tl.where(tl.load(reset + t) != 0, 0.0, x)
     else:
-        return a
+        return x
+
+
+@triton.jit
+def _mapped(
+    decay, decay_rest, state, rest, x0, x1, x2, reset, t,
+    GATES: tl.constexpr, DECAY: tl.constexpr, FLOW: tl.constexpr, HAS_RESET: tl.constexpr,
+    RAW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The map of the steps so far and of one more; with FLOW x2 is the gradient from outside."""
+    if FLOW:
+        a, c = DECAY(x0, x1, RAW)
+        b = a * x2
+    else:
+        a, c, b = GATES(x0, x1, x2, RAW)
+        state = _clear(state, reset, t, HAS_RESET)
+        rest = _clear(rest, reset, t, HAS_RESET)
+    state, rest = _decayed(state, rest, a, c, b, WIDE)
+    decay, decay_rest = _decayed(decay, decay_rest, a, c, tl.zeros_like(b), WIDE)
+    if FLOW:
+        state = _clear(state, reset, t, HAS_RESET)
+        rest = _clear(rest, reset, t, HAS_RESET)
+    decay = _clear(decay, reset, t, HAS_RESET)
+    decay_rest = _clear(decay_rest, reset, t, HAS_RESET)
+    return decay, decay_rest, state, rest
 
 
 @triton.jit
@@ -81,14 +126,15 @@ def summarize_kernel(
     reset_ptr, x_ptr, y_ptr, o_ptr, maps_ptr, T, H, chunk,
     GATES: tl.constexpr, DECAY: tl.constexpr, VALUES: tl.constexpr, DECAY_READS: tl.constexpr,
     SEPARATE: tl.constexpr, FLOW: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
-    RAW: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    RAW: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """maps [2, B, N, H]: every chunk as h -> decay * h + state.
+    """maps [2, B, N, H] fp64: every chunk as h -> decay * h + state.
 
     FLOW: of the gradient flowing along the scan, G -> a * (o + G), instead of the state.
     """
     PARTS: tl.constexpr = 1 if SEPARATE else VALUES
     STEP: tl.constexpr = -1 if REVERSE else 1
+    READS: tl.constexpr = DECAY_READS if FLOW else VALUES
     row, n, chunks, start, rows, columns = _place(T, H, chunk, BLOCK)
     mask = columns < H
     first = row * T + start + (rows - 1 if REVERSE else 0)
@@ -96,62 +142,61 @@ def summarize_kernel(
     y = y_ptr + first * H + columns
     o = o_ptr + first * H + columns
     reset = reset_ptr + first
-    decay = tl.full((BLOCK,), 1.0, tl.float32)
-    state = tl.zeros((BLOCK,), tl.float32)
+    state = tl.zeros((BLOCK,), tl.float64 if WIDE else tl.float32)
+    decay, rest, decay_rest = state + 1.0, state, state
     whole = rows // UNROLL * UNROLL
     for i in range(0, whole, UNROLL):
         loaded = ()
         for u in tl.static_range(UNROLL):
             at = u * STEP * H
+            x0, x1, x2 = _load(x + at * PARTS, y + at, H, mask, READS, SEPARATE, WIDE)
             if FLOW:
-                x0, x1, x2 = _load(x + at * PARTS, y + at, H, mask, DECAY_READS, SEPARATE)
-                loaded = loaded + ((x0, x1, _wide(o + at, mask)),)
-            else:
-                step = _load(x + at * PARTS, y + at, H, mask, VALUES, SEPARATE)
-                loaded = loaded + (step,)
+                x2 = _wide(o + at, mask, WIDE)
+            loaded = loaded + ((x0, x1, x2),)
         for u in tl.static_range(UNROLL):
             x0, x1, x2 = loaded[u]
-            if FLOW:
-                a = _clear(DECAY(x0, x1, RAW), reset, (i + u) * STEP, HAS_RESET)
-                state = a * (x2 + state)
-            else:
-                a, b = GATES(x0, x1, x2, RAW)
-                a = _clear(a, reset, (i + u) * STEP, HAS_RESET)
-                state = a * state + b
-            decay *= a
+            decay, decay_rest, state, rest = _mapped(
+                decay, decay_rest, state, rest, x0, x1, x2, reset, (i + u) * STEP,
+                GATES, DECAY, FLOW, HAS_RESET, RAW, WIDE,
+            )  # fmt: skip
         x += UNROLL * STEP * H * PARTS
         y += UNROLL * STEP * H
         o += UNROLL * STEP * H
     for i in range(whole, rows):
+        x0, x1, x2 = _load(x, y, H, mask, READS, SEPARATE, WIDE)
         if FLOW:
-            x0, x1, _ = _load(x, y, H, mask, DECAY_READS, SEPARATE)
-            a = _clear(DECAY(x0, x1, RAW), reset, i * STEP, HAS_RESET)
-            state = a * (_wide(o, mask) + state)
-        else:
-            x0, x1, x2 = _load(x, y, H, mask, VALUES, SEPARATE)
-            a, b = GATES(x0, x1, x2, RAW)
-            a = _clear(a, reset, i * STEP, HAS_RESET)
-            state = a * state + b
-        decay *= a
+            x2 = _wide(o, mask, WIDE)
+        decay, decay_rest, state, rest = _mapped(
+            decay, decay_rest, state, rest, x0, x1, x2, reset, i * STEP,
+            GATES, DECAY, FLOW, HAS_RESET, RAW, WIDE,
+        )  # fmt: skip
         x += STEP * H * PARTS
         y += STEP * H
         o += STEP * H
     batch = tl.num_programs(0) // tl.cdiv(H, BLOCK) // chunks
     out = maps_ptr + (row * chunks + n) * H + columns
-    tl.store(out, decay, mask=mask)
-    tl.store(out + batch.to(tl.int64) * chunks * H, state, mask=mask)
+    tl.store(out, decay.to(tl.float64) + decay_rest, mask=mask)
+    tl.store(out + batch.to(tl.int64) * chunks * H, state.to(tl.float64) + rest, mask=mask)
 
 
 @triton.jit
-def _entering(in_ptr, ends_ptr, row, n, chunks, H, columns, mask, REVERSE: tl.constexpr):
-    """The state that enters chunk n: what its neighbour leaves, or what enters them all."""
+def _entering(in_ptr, ends_ptr, row, n, chunks, H, columns, mask, REVERSE: tl.constexpr,
+              WIDE: tl.constexpr):  # fmt: skip
+    """The state that enters chunk n, and its rest: its neighbour's, or what enters them all."""
     before = n + 1 if REVERSE else n - 1
     outermost = before == (chunks if REVERSE else -1)
     if outermost:
-        state = tl.load(in_ptr + row * H + columns, mask=mask, other=0.0)
+        state = tl.load(in_ptr + row * H + columns, mask=mask, other=0.0).to(tl.float64)
     else:
-        state = tl.load(ends_ptr + (row * chunks + before) * H + columns, mask=mask, other=0.0)
-    return state
+        at = (row * chunks + before) * H + columns
+        state = tl.load(ends_ptr + at, mask=mask, other=0.0).to(tl.float64)
+    if WIDE:
+        return state, tl.zeros_like(state)
+    else:
+        value = state.to(tl.float32)
+        # of what is not finite nothing is left
+        left = tl.where(value - value == 0.0, state - value, 0.0)
+        return value, left.to(tl.float32)
 
 
 @triton.jit
@@ -159,7 +204,7 @@ def forward_kernel(
     reset_ptr, x_ptr, y_ptr, in_ptr, ends_ptr, h_ptr, last_ptr, T, H, chunk,
     GATES: tl.constexpr, VALUES: tl.constexpr, SEPARATE: tl.constexpr,
     REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
-    RAW: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    RAW: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h [B, T, H] of every step, and h_last [B, H]."""
     PARTS: tl.constexpr = 1 if SEPARATE else VALUES
@@ -171,25 +216,29 @@ def forward_kernel(
     y = y_ptr + first * H + columns
     h = h_ptr + first * H + columns
     reset = reset_ptr + first
-    state = _entering(in_ptr, ends_ptr, row, n, chunks, H, columns, mask, REVERSE)
+    state, rest = _entering(in_ptr, ends_ptr, row, n, chunks, H, columns, mask, REVERSE, WIDE)
     whole = rows // UNROLL * UNROLL
     for i in range(0, whole, UNROLL):
         loaded = ()
         for u in tl.static_range(UNROLL):
             at = u * STEP * H
-            loaded = loaded + (_load(x + at * PARTS, y + at, H, mask, VALUES, SEPARATE),)
+            loaded = loaded + (_load(x + at * PARTS, y + at, H, mask, VALUES, SEPARATE, WIDE),)
         for u in tl.static_range(UNROLL):
             x0, x1, x2 = loaded[u]
-            a, b = GATES(x0, x1, x2, RAW)
-            state = _clear(a, reset, (i + u) * STEP, HAS_RESET) * state + b
+            a, c, b = GATES(x0, x1, x2, RAW)
+            state = _clear(state, reset, (i + u) * STEP, HAS_RESET)
+            rest = _clear(rest, reset, (i + u) * STEP, HAS_RESET)
+            state, rest = _decayed(state, rest, a, c, b, WIDE)
             tl.store(h + u * STEP * H, state.to(h_ptr.dtype.element_ty), mask=mask)
         x += UNROLL * STEP * H * PARTS
         y += UNROLL * STEP * H
         h += UNROLL * STEP * H
     for i in range(whole, rows):
-        x0, x1, x2 = _load(x, y, H, mask, VALUES, SEPARATE)
-        a, b = GATES(x0, x1, x2, RAW)
-        state = _clear(a, reset, i * STEP, HAS_RESET) * state + b
+        x0, x1, x2 = _load(x, y, H, mask, VALUES, SEPARATE, WIDE)
+        a, c, b = GATES(x0, x1, x2, RAW)
+        state = _clear(state, reset, i * STEP, HAS_RESET)
+        rest = _clear(rest, reset, i * STEP, HAS_RESET)
+        state, rest = _decayed(state, rest, a, c, b, WIDE)
         tl.store(h, state.to(h_ptr.dtype.element_ty), mask=mask)
         x += STEP * H * PARTS
         y += STEP * H
@@ -228,7 +277,7 @@ def backward_kernel(
     o = o_ptr + last * H + columns
     h = h_ptr + last * H + columns
     reset = reset_ptr + last
-    flow = _entering(out_ptr, ends_ptr, row, n, chunks, H, columns, mask, True)
+    flow, rest = _entering(out_ptr, ends_ptr, row, n, chunks, H, columns, mask, True, False)
     before = tl.load(in_ptr + row * H + columns, mask=mask, other=0.0)
     # The sequence's first step has no output before it to load: it is always in the second loop.
     whole = (rows - (1 if n == 0 else 0)) // UNROLL * UNROLL
@@ -236,14 +285,16 @@ def backward_kernel(
         loaded = ()
         for u in tl.static_range(UNROLL):
             at = u * H
-            x0, x1, x2 = _load(x - at * PARTS, y - at, H, mask, BACKWARD_READS, SEPARATE)
-            loaded = loaded + ((x0, x1, x2, _wide(o - at, mask), _wide(h - at - H, mask)),)
+            x0, x1, x2 = _load(x - at * PARTS, y - at, H, mask, BACKWARD_READS, SEPARATE, False)
+            given, previous = _wide(o - at, mask, False), _wide(h - at - H, mask, False)
+            loaded = loaded + ((x0, x1, x2, given, previous),)
         for u in tl.static_range(UNROLL):
-            x0, x1, x2, gradient, previous = loaded[u]
-            q = gradient + flow
+            x0, x1, x2, given, previous = loaded[u]
             previous = _clear(previous, reset, -(i + u), HAS_RESET)
-            a, d0, d1, d2 = BACKWARD(q, previous, x0, x1, x2, RAW)
-            flow = _clear(a, reset, -(i + u), HAS_RESET) * q
+            a, c, d0, d1, d2 = BACKWARD(given + flow, previous, x0, x1, x2, RAW)
+            flow, rest = _decayed(flow, rest, a, c, a * given, False)
+            flow = _clear(flow, reset, -(i + u), HAS_RESET)
+            rest = _clear(rest, reset, -(i + u), HAS_RESET)
             _store_all(dx - u * H * PARTS, dy - u * H, d0, d1, d2, H, mask, VALUES, SEPARATE)
         x -= UNROLL * H * PARTS
         y -= UNROLL * H
@@ -254,12 +305,14 @@ def backward_kernel(
     for i in range(whole, rows):
         opening = start + rows - 1 - i + columns * 0 == 0
         has_previous = mask & (start + rows - 1 - i + columns * 0 > 0)
-        x0, x1, x2 = _load(x, y, H, mask, BACKWARD_READS, SEPARATE)
-        q = _wide(o, mask) + flow
-        previous = _wide(h - H, has_previous)
+        x0, x1, x2 = _load(x, y, H, mask, BACKWARD_READS, SEPARATE, False)
+        given = _wide(o, mask, False)
+        previous = _wide(h - H, has_previous, False)
         previous = _clear(tl.where(opening, before, previous), reset, -i, HAS_RESET)
-        a, d0, d1, d2 = BACKWARD(q, previous, x0, x1, x2, RAW)
-        flow = _clear(a, reset, -i, HAS_RESET) * q
+        a, c, d0, d1, d2 = BACKWARD(given + flow, previous, x0, x1, x2, RAW)
+        flow, rest = _decayed(flow, rest, a, c, a * given, False)
+        flow = _clear(flow, reset, -i, HAS_RESET)
+        rest = _clear(rest, reset, -i, HAS_RESET)
         _store_all(dx, dy, d0, d1, d2, H, mask, VALUES, SEPARATE)
         x -= H * PARTS
         y -= H

@@ -9,13 +9,14 @@
 //   TENSORS, PARTS        its inputs, and the values of a channel in each, [B, T, PARTS * H]
 //   DECAY_READS           how many of the values, the first ones, the decay is made of
 //   BACKWARD_READS        how many the backward is made of
-//   decay(x), gates(x)    a, and a and b of h = a * h + b, from the values
-//   backward(q, previous, x, d)    a, and d, the gradients of the values, from the gradient q of h
-//                                  and the state before the step, 0 after a reset
+//   decay(x), gates(x)    Decay (a and 1 - a), and Step (b with them) of h = a * h + b
+//   backward(q, previous, x, d)    Decay, and d, the gradients of the values, from the gradient q of
+//                                  h and the state before the step, 0 after a reset
 
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -46,7 +47,8 @@ struct Arguments {
   const void* grad_h;    // [B, T, H]
   const void* state_in;  // [B, H]: h_in, or the gradient of h_last
   const void* h_in;      // [B, H]
-  void *decay, *state;   // [B, H]: the span, or h_last, or the gradient of h_in
+  void* state;           // [B, H]: h_last, or the gradient of h_in
+  double *span_decay, *span_state;  // [B, H]: all steps as one map
   int32_t threads;
 };
 
@@ -98,7 +100,29 @@ struct Rows {
   }
 };
 
-// The four kernels over one tile. `state` and `decay` enter as the tile's neighbour left them.
+// What a tile leaves to the next, of some channels: a state or a gradient's flow, and the decay of
+// all steps so far, each with what rounding has left of it.
+template <class S>
+struct Passed {
+  S *state, *state_rest, *decay, *decay_rest;
+
+  INLINE Sum<Vec<S>> sum(int64_t c) const { return {load(state + c), load(state_rest + c)}; }
+  INLINE void keep(int64_t c, Sum<Vec<S>> sum) const {
+    store(state + c, sum.value);
+    store(state_rest + c, sum.rest);
+  }
+  // The decay is the state of one who entered with 1 and is given nothing.
+  INLINE void decay_by(int64_t c, Decay<Vec<S>> d) const {
+    const Sum<Vec<S>> sum = decayed({load(decay + c), load(decay_rest + c)}, d, Vec<S>{});
+    store(decay + c, sum.value);
+    store(decay_rest + c, sum.rest);
+  }
+  void clear(int64_t width) const {
+    for (S* each : {state, state_rest, decay, decay_rest}) std::fill(each, each + width, S(0));
+  }
+};
+
+// The four kernels over one tile. What is `passed` enters as the tile's neighbour left it.
 template <class R, class T, class S>
 struct Scan {
   static constexpr int P = R::PARTS, VALUES = R::TENSORS * R::PARTS;
@@ -140,25 +164,25 @@ struct Scan {
 
   // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
   template <bool WRITE, class AnyTile>
-  void forward(const AnyTile& tile, S* state, S* decay) const {
+  void forward(const AnyTile& tile, Passed<S> passed) const {
     const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
     In x = In::at(p.x, start, H, tile.first, TENSORS);
     T* out = static_cast<T*>(p.out[0]) + (WRITE ? start * H + tile.first : 0);
     int64_t ahead = AnyTile::distant ? tile.next - tile.first / P : tile.ahead * H;
     const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
     for (int64_t t = tile.begin; t < tile.end; ++t, x.advance(P * H, TENSORS), out += H, ahead += W - H) {
-      if (reset(tile.row, t))
-        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
+      if (reset(tile.row, t)) passed.clear(tile.width);
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         fetch(tile, x, c, W, ahead, ALL);
         const Step<V> step = R::gates(read(x, c, H, count, ALL));
-        const V h = step.a * load(state + c) + step.b;
-        store(state + c, h);
+        const Decay<V> d = {step.a, step.c};
+        const Sum<V> h = decayed(passed.sum(c), d, step.b);
+        passed.keep(c, h);
         if constexpr (WRITE) {
           tile.fetch_to_write(out + c + ahead);
-          store(out + c, h, count);
+          store(out + c, h.value, count);
         } else {
-          store(decay + c, V(step.a * load(decay + c)));
+          passed.decay_by(c, d);
         }
       });
     }
@@ -166,7 +190,7 @@ struct Scan {
 
   // The maps of the gradient that flows from right to left, composed: G -> decay * G + state.
   template <class AnyTile>
-  void summarize_backward(const AnyTile& tile, S* state, S* decay) const {
+  void summarize_backward(const AnyTile& tile, Passed<S> passed) const {
     const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
     In x = In::at(p.x, end, H, tile.first, TENSORS);
     const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
@@ -174,22 +198,22 @@ struct Scan {
       x.advance(-P * H, TENSORS);
       o -= H;
       if (reset(tile.row, t)) {
-        for (int64_t c = 0; c < tile.width; ++c) state[c] = decay[c] = S(0);
+        passed.clear(tile.width);
         continue;
       }
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         tile.fetch(o + c - ahead);
         fetch(tile, x, c, H, -ahead, DECAY);
-        const V a = R::decay(read(x, c, H, count, DECAY));
-        store(state + c, V(a * (load(o + c, count) + load(state + c))));
-        store(decay + c, V(a * load(decay + c)));
+        const Decay<V> d = R::decay(read(x, c, H, count, DECAY));
+        passed.keep(c, decayed(passed.sum(c), d, V(d.a * load(o + c, count))));
+        passed.decay_by(c, d);
       });
     }
   }
 
-  // Write the gradients of the inputs; `state` is G, the gradient that flows from right to left.
+  // Write the gradients of the inputs; The state is G, the gradient that flows from right to left.
   template <class AnyTile>
-  void backward(const AnyTile& tile, S* state) const {
+  void backward(const AnyTile& tile, Passed<S> passed) const {
     const int64_t H = p.width, end = tile.row * p.steps + tile.end;
     In x = In::at(p.x, end, H, tile.first, TENSORS);
     Out dx = Out::at(p.out, end, H, tile.first, TENSORS);
@@ -208,17 +232,17 @@ struct Scan {
         tile.fetch(o + c - ahead);
         tile.fetch(h + c - ahead - H);
         fetch(tile, x, c, W, -ahead, BACKWARD);
-        const V q = load(o + c, count) + load(state + c);
+        const Sum<V> flow = passed.sum(c);
+        const V given = load(o + c, count), q = given + flow.value;
         V previous{};  // the state before the step
         if (!cleared) previous = t > 0 ? load(h + c - H, count) : load(h_in + c, count);
-        Values<V> d;
-        const V a = R::backward(q, previous, read(x, c, H, count, BACKWARD), &d);
+        Values<V> gradients;
+        const Decay<V> d = R::backward(q, previous, read(x, c, H, count, BACKWARD), &gradients);
         fetch_to_write(tile, dx, c, W, -ahead, ALL);
-        write(dx, c, H, d, count, ALL);
-        store(state + c, V(a * q));
+        write(dx, c, H, gradients, count, ALL);
+        passed.keep(c, decayed(flow, d, V(d.a * given)));
       });
-      if (cleared)
-        for (int64_t c = 0; c < tile.width; ++c) state[c] = S(0);
+      if (cleared) passed.clear(tile.width);
     }
   }
 };
@@ -228,7 +252,7 @@ struct alignas(64) Aligned {
   S channels[16];
 };
 
-// Run body(tile, state, decay) over all steps of all channels of all rows.
+// Run body(tile, passed) over all steps of all channels of all rows.
 //
 // With a row of the batch for every thread, or long pieces of each step's channels, a thread runs
 // its own from end to end. Otherwise threads would share memory in short pieces, and the hardware
@@ -238,16 +262,19 @@ struct alignas(64) Aligned {
 template <class S, class Body>
 void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
   const int64_t H = p.width, row_bytes = H * element_bytes;
-  const auto enter = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
+  const auto enter = [&](int64_t row, int64_t first, int64_t width, Passed<S> passed) {
     const S* entering = static_cast<const S*>(p.state_in);
-    for (int64_t c = 0; c < width; ++c) {
-      state[c] = entering ? entering[row * H + first + c] : S(0);
-      decay[c] = S(1);
-    }
+    passed.clear(width);
+    std::fill(passed.decay, passed.decay + width, S(1));
+    if (entering) std::memcpy(passed.state, entering + row * H + first, width * sizeof(S));
   };
-  const auto leave = [&](int64_t row, int64_t first, int64_t width, S* state, S* decay) {
-    std::memcpy(static_cast<S*>(p.state) + row * H + first, state, width * sizeof(S));
-    if (p.decay) std::memcpy(static_cast<S*>(p.decay) + row * H + first, decay, width * sizeof(S));
+  const auto leave = [&](int64_t row, int64_t first, int64_t width, Passed<S> passed) {
+    const int64_t at = row * H + first;
+    if (p.state) std::memcpy(static_cast<S*>(p.state) + at, passed.state, width * sizeof(S));
+    for (int64_t c = 0; c < (p.span_decay ? width : 0); ++c) {
+      p.span_decay[at + c] = double(passed.decay[c]) + passed.decay_rest[c];
+      p.span_state[at + c] = double(passed.state[c]) + passed.state_rest[c];
+    }
   };
   // Groups of whole vectors, as equal as can be, of which the last may be narrower.
   const auto group_width = [&](int64_t n) { return ((H + n - 1) / n + 15) / 16 * 16; };
@@ -264,11 +291,12 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
     for (int64_t task = 0; task < p.batch * groups; ++task) {
       const int64_t row = task / groups, first = task % groups * width;
       const int64_t own = narrower(width, H - first);
-      alignas(64) S state[BLOCK], decay[BLOCK];
-      enter(row, first, own, state, decay);
+      alignas(64) S here[4][BLOCK];
+      const Passed<S> passed{here[0], here[1], here[2], here[3]};
+      enter(row, first, own, passed);
       const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1, 0};
-      body(tile, state, decay);
-      leave(row, first, own, state, decay);
+      body(tile, passed);
+      leave(row, first, own, passed);
     }
     return;
   }
@@ -278,7 +306,7 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
     std::atomic<int64_t> tiles{0};  // of all rows, in the order of the scan
   };
   std::vector<Progress> progress(groups);
-  std::vector<Aligned<S>> states(groups * width / 16), decays(groups * width / 16);
+  std::vector<Aligned<S>> here(4 * groups * width / 16);
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t threads = omp_get_num_threads();
@@ -287,15 +315,16 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
       const int64_t begin = i * length, end = narrower(begin + length, p.steps);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * width, own = narrower(width, H - first);
-        S *state = states.front().channels + first, *decay = decays.front().channels + first;
+        S* own_here = here.front().channels + 4 * first;
+        const Passed<S> passed{own_here, own_here + width, own_here + 2 * width, own_here + 3 * width};
         unsigned spins = 0;
         while (progress[g].tiles.load(std::memory_order_acquire) != n)
           if (++spins % 1024 == 0) sched_yield();  // there may be more threads than processors
-        if (n % tiles == 0) enter(row, first, own, state, decay);
+        if (n % tiles == 0) enter(row, first, own, passed);
         const int64_t ahead = threads * length, next = (ahead + g * (length / groups)) * H;
         const Tile<true> tile{row, begin, end, first, own, ahead, next};
-        body(tile, state, decay);
-        if (n % tiles == tiles - 1) leave(row, first, own, state, decay);
+        body(tile, passed);
+        if (n % tiles == tiles - 1) leave(row, first, own, passed);
         progress[g].tiles.store(n + 1, std::memory_order_release);
       }
     }
@@ -310,14 +339,13 @@ void run_kernel(int kernel, const Arguments& p) {
   const auto start = [&](bool backwards, auto body) { run<S>(p, sizeof(T), backwards, body); };
   switch (kernel) {
     case FORWARD:
-      return start(false, [&](auto& tile, S* h, S* A) { scan.template forward<true>(tile, h, A); });
+      return start(false, [&](auto& tile, auto h) { scan.template forward<true>(tile, h); });
     case SUMMARIZE:
-      return start(false,
-                   [&](auto& tile, S* h, S* A) { scan.template forward<false>(tile, h, A); });
+      return start(false, [&](auto& tile, auto map) { scan.template forward<false>(tile, map); });
     case BACKWARD:
-      return start(true, [&](auto& tile, S* G, S*) { scan.backward(tile, G); });
+      return start(true, [&](auto& tile, auto flow) { scan.backward(tile, flow); });
     case SUMMARIZE_BACKWARD:
-      return start(true, [&](auto& tile, S* G, S* A) { scan.summarize_backward(tile, G, A); });
+      return start(true, [&](auto& tile, auto map) { scan.summarize_backward(tile, map); });
   }
 }
 

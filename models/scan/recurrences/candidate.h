@@ -4,6 +4,11 @@
 
 namespace {
 
+template <class V>
+INLINE V sigmoid(V v) {
+  return reciprocal(1 + exp_minus(v));
+}
+
 // g(v) = v + 0.5 above zero, s below.
 template <class V>
 INLINE V candidate(V v, V s) {

@@ -26,6 +26,8 @@ def make_inputs(
 
     if recurrence.name == "linear":
         return leaf(torch.sigmoid(noise(1) + shift)), leaf(noise(1))
+    if recurrence.name == "linear-complement":
+        return leaf(torch.sigmoid(-noise(1) - shift)), leaf(noise(1))
     if recurrence.name == "mingru":
         kv = noise(2)
         kv[..., :width] -= shift

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,7 +26,10 @@ from models.scan import triton as gpu
 from models.scan.kernels import loops
 
 CONSTANTS = {"HAS_RESET": False, "RAW": True}
-FP32_POINTERS = {"maps_ptr", "in_ptr", "ends_ptr", "out_ptr", "last_ptr", "din_ptr"}
+# Of a scan of inputs in bf16; of one of maps, everything is fp64.
+POINTERS = dict.fromkeys(("in_ptr", "out_ptr", "last_ptr", "din_ptr"), "fp32")
+POINTERS |= dict.fromkeys(("maps_ptr", "ends_ptr"), "fp64")
+DTYPES = {"bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def usage(
@@ -33,7 +37,7 @@ def usage(
 ) -> dict:
     """Registers of a thread, bytes of local memory, bits of the narrowest load."""
     gates = gpu.gates_of(RECURRENCES[recurrence])
-    constants = {**CONSTANTS, **gpu.constants(kernel, gates), **constants}
+    constants = {**CONSTANTS, **gpu.constants(kernel, gates, DTYPES[dtype]), **constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
@@ -42,7 +46,7 @@ def usage(
         elif name == "reset_ptr":
             signature[name] = "*u8"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FP32_POINTERS else f"*{dtype}"
+            signature[name] = f"*{POINTERS.get(name, dtype) if dtype == 'bf16' else dtype}"
         else:
             signature[name] = "i32"
     aligned = {
@@ -86,7 +90,7 @@ def main() -> None:
             label = f"{kernel.__name__} {name}, resets"
             result[label] = usage(kernel, name, capability, "bf16", **flags)
     result["forward_kernel, carry"] = usage(
-        loops.forward_kernel, "linear", capability, "fp32", REVERSE=True
+        loops.forward_kernel, "linear", capability, "fp64", REVERSE=True
     )
     flow = {"FLOW": True, "REVERSE": True}
     result["summarize_kernel mingru, backward"] = usage(

@@ -85,7 +85,9 @@ def test_low_precision_keeps_fp32_state(name, dtype, tolerance, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("name", "backend"), [case for case in ON_CPU if case[0] != "linear"])
+@pytest.mark.parametrize(
+    ("name", "backend"), [case for case in ON_CPU if "lstm" in case[0] or "gru" in case[0]]
+)
 def test_saturated_gates_stay_finite(name, dtype, backend):
     """Preactivations far beyond exp's range: no 0/0, no inf - inf, in values or gradients."""
     recurrence = RECURRENCES[name]

@@ -1,4 +1,4 @@
-// h = a * h + b with a and b given.
+// h = a * h + b with a and b given; or b and the complement c of a = 1 - c.
 
 #pragma once
 
@@ -9,18 +9,38 @@ struct Linear {
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 1;
 
   template <class V>
-  static INLINE V decay(const Values<V>& x) {
-    return x[0];
+  static INLINE Decay<V> decay(const Values<V>& x) {
+    return {x[0], 1 - x[0]};  // exact where it counts, between a half and two
   }
   template <class V>
   static INLINE Step<V> gates(const Values<V>& x) {
-    return {x[0], x[1]};
+    return {x[0], 1 - x[0], x[1]};
   }
   template <class V>
-  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+  static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     (*d)[0] = q * previous;
     (*d)[1] = q;
-    return x[0];
+    return decay(x);
+  }
+};
+
+struct Complement {
+  static constexpr int TENSORS = 2, PARTS = 1;  // c; b
+  static constexpr int DECAY_READS = 1, BACKWARD_READS = 1;
+
+  template <class V>
+  static INLINE Decay<V> decay(const Values<V>& x) {
+    return {1 - x[0], x[0]};
+  }
+  template <class V>
+  static INLINE Step<V> gates(const Values<V>& x) {
+    return {1 - x[0], x[0], x[1]};
+  }
+  template <class V>
+  static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+    (*d)[0] = -(q * previous);
+    (*d)[1] = q;
+    return decay(x);
   }
 };
 

@@ -11,26 +11,22 @@ struct MinGRU {
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 2;
 
   template <class V>
-  static INLINE V decay(const Values<V>& x) {
-    V ek = exp_minus(x[0]);
-    return ek / (1 + ek);
+  static INLINE Decay<V> decay(const Values<V>& x) {
+    const V ek = exp_minus(x[0]), z = reciprocal(1 + ek);
+    return {ek * z, z};
   }
   template <class V>
   static INLINE Step<V> gates(const Values<V>& x) {
-    V ek = exp_minus(x[0]), ev = exp_minus(x[1]);
-    V r = 1 / ((1 + ek) * (1 + ev));
-    V z = (1 + ev) * r;
-    return {ek * z, z * candidate(x[1], (1 + ek) * r)};
+    const Decay<V> d = decay(x);
+    return {d.a, d.c, d.c * candidate(x[1], sigmoid(x[1]))};
   }
   template <class V>
-  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
-    V ek = exp_minus(x[0]), ev = exp_minus(x[1]);
-    V r = 1 / ((1 + ek) * (1 + ev));
-    V z = (1 + ev) * r, s = (1 + ek) * r;
-    V a = ek * z, qz = q * z;
-    (*d)[0] = qz * a * (candidate(x[1], s) - previous);
+  static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+    const Decay<V> z = decay(x);
+    const V s = sigmoid(x[1]), qz = q * z.c;
+    (*d)[0] = qz * z.a * (candidate(x[1], s) - previous);
     (*d)[1] = qz * slope(x[1], s);
-    return a;
+    return z;
   }
 };
 

@@ -10,65 +10,62 @@ namespace {
 template <bool NORMALIZE>
 struct MinLSTM {
   static constexpr int TENSORS = 1, PARTS = 3;
-  static constexpr int DECAY_READS = 2, BACKWARD_READS = 3;
+  static constexpr int DECAY_READS = NORMALIZE ? 2 : 1, BACKWARD_READS = 3;
 
-  // Only f - i matters once both gates are all but closed: keep them within exp_minus's range.
+  // exp(-f) and exp(-i). Only f - i matters once both gates are all but closed: they are kept where
+  // exp_minus has room below them.
   template <class V>
-  static INLINE void lift(V* f, V* i) {
-    if constexpr (!NORMALIZE) return;
-    const auto floor = V{} - (sizeof((*f)[0]) == 4 ? 20 : 100);
-    V larger = *f > *i ? *f : *i;
-    V by = larger < floor ? floor - larger : V{};
-    *f += by;
-    *i += by;
+  static INLINE void exps(V f, V i, V* ef, V* ei) {
+    if constexpr (NORMALIZE) {
+      const auto floor = V{} - (sizeof(f[0]) == 4 ? 20 : 40);
+      const V larger = f > i ? f : i;
+      const V by = larger < floor ? floor - larger : V{};
+      f += by;
+      i += by;
+    }
+    *ef = exp_minus(f);
+    *ei = exp_minus(i);
+  }
+  // f / (f + i) and i / (f + i), from the exponentials.
+  template <class V>
+  static INLINE Decay<V> shares(V ef, V ei) {
+    const V r = reciprocal(2 + ei + ef);
+    return {(1 + ei) * r, (1 + ef) * r};
   }
   template <class V>
-  static INLINE V decay(const Values<V>& x) {
-    V f = x[0], i = x[1];
-    lift(&f, &i);
-    V ef = exp_minus(f);
-    if constexpr (!NORMALIZE) return 1 / (1 + ef);
-    V ei = exp_minus(i);
-    return (1 + ei) / (2 + ei + ef);
+  static INLINE Decay<V> decay(const Values<V>& x) {
+    if constexpr (NORMALIZE) {
+      V ef, ei;
+      exps(x[0], x[1], &ef, &ei);
+      return shares(ef, ei);
+    }
+    const V ef = exp_minus(x[0]), f = reciprocal(1 + ef);
+    return {f, ef * f};
   }
   template <class V>
   static INLINE Step<V> gates(const Values<V>& x) {
-    V f = x[0], i = x[1], v = x[2];
-    lift(&f, &i);
-    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
-    if constexpr (!NORMALIZE) return {1 / (1 + ef), candidate(v, 1 / (1 + ev)) / (1 + ei)};
-    V r = 1 / ((2 + ei + ef) * (1 + ev));
-    V total = (1 + ev) * r;
-    return {(1 + ei) * total, (1 + ef) * total * candidate(v, (2 + ei + ef) * r)};
+    const Decay<V> d = decay(x);
+    const V i = NORMALIZE ? d.c : sigmoid(x[1]);
+    return {d.a, d.c, i * candidate(x[2], sigmoid(x[2]))};
   }
   template <class V>
-  static INLINE V backward(V q, V previous, const Values<V>& x, Values<V>* d) {
-    V f = x[0], i = x[1], v = x[2];
-    lift(&f, &i);
-    V ef = exp_minus(f), ei = exp_minus(i), ev = exp_minus(v);
-    V r = 1 / ((1 + ef) * (1 + ei));
-    V keep_f = (1 + ei) * r, keep_i = (1 + ef) * r;
-    V a, w, s, g;
+  static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
+    V ef, ei;
+    exps(x[0], x[1], &ef, &ei);
+    const V f = reciprocal(1 + ef), i = reciprocal(1 + ei), s = sigmoid(x[2]);
+    const V g = candidate(x[2], s);
     if constexpr (NORMALIZE) {
-      V total = 1 / ((2 + ei + ef) * (1 + ev));
-      s = (2 + ei + ef) * total;
-      total *= 1 + ev;
-      a = (1 + ei) * total;
-      w = (1 + ef) * total;
-      g = candidate(v, s);
-      V difference = q * (previous - g) * a * w;
-      (*d)[0] = difference * ef * keep_f;
-      (*d)[1] = -difference * ei * keep_i;
-    } else {
-      a = keep_f;
-      w = keep_i;
-      s = 1 / (1 + ev);
-      g = candidate(v, s);
-      (*d)[0] = q * previous * a * ef * keep_f;
-      (*d)[1] = q * g * w * ei * keep_i;
+      const Decay<V> share = shares(ef, ei);
+      const V difference = q * (previous - g) * share.a * share.c;
+      (*d)[0] = difference * ef * f;
+      (*d)[1] = -difference * ei * i;
+      (*d)[2] = q * share.c * slope(x[2], s);
+      return share;
     }
-    (*d)[2] = q * w * slope(v, s);
-    return a;
+    (*d)[0] = q * previous * f * ef * f;
+    (*d)[1] = q * g * i * ei * i;
+    (*d)[2] = q * i * slope(x[2], s);
+    return {f, ef * f};
   }
 };
 

@@ -9,7 +9,10 @@ from models.scan.kernels.loops import exp_minus, reciprocal
 
 @triton.jit
 def _lift(f, i):
-    """Only f - i matters once both gates are all but closed: keep them in exp_minus's range."""
+    """Only f - i matters once both gates are all but closed: keep them in exp_minus's range.
+
+    A share is then at least 5e-11, where both are closed and it should be less.
+    """
     by = tl.maximum(-20.0 - tl.maximum(f, i), 0.0, propagate_nan=tl.PropagateNan.ALL)
     return f + by, i + by
 
@@ -19,7 +22,8 @@ def _decay(x0, x1, RAW: tl.constexpr):
     f, i = _lift(x0, x1)
     ef = exp_minus(f, RAW)
     ei = exp_minus(i, RAW)
-    return (1.0 + ei) * reciprocal(2.0 + ei + ef, RAW)
+    r = reciprocal(2.0 + ei + ef, RAW)
+    return (1.0 + ei) * r, (1.0 + ef) * r
 
 
 @triton.jit
@@ -31,7 +35,8 @@ def _gates(x0, x1, x2, RAW: tl.constexpr):
     r = reciprocal((2.0 + ei + ef) * (1.0 + ev), RAW)
     total = (1.0 + ev) * r
     g = tl.where(x2 >= 0.0, x2 + 0.5, (2.0 + ei + ef) * r)
-    return (1.0 + ei) * total, (1.0 + ef) * total * g
+    w = (1.0 + ef) * total
+    return (1.0 + ei) * total, w, w * g
 
 
 @triton.jit
@@ -48,21 +53,23 @@ def _backward(q, previous, x0, x1, x2, RAW: tl.constexpr):
     a = (1.0 + ei) * total
     w = (1.0 + ef) * total
     d = q * (previous - g) * a * w
-    return a, d * ef * ((1.0 + ei) * r), -d * ei * ((1.0 + ef) * r), q * w * slope
+    return a, w, d * ef * ((1.0 + ei) * r), -d * ei * ((1.0 + ef) * r), q * w * slope
 
 
 @triton.jit
 def _decay_unnormalized(x0, x1, RAW: tl.constexpr):
-    return reciprocal(1.0 + exp_minus(x0, RAW), RAW)
+    ef = exp_minus(x0, RAW)
+    a = reciprocal(1.0 + ef, RAW)
+    return a, ef * a
 
 
 @triton.jit
 def _gates_unnormalized(x0, x1, x2, RAW: tl.constexpr):
-    a = reciprocal(1.0 + exp_minus(x0, RAW), RAW)
+    a, c = _decay_unnormalized(x0, x1, RAW)
     ei = exp_minus(x1, RAW)
     ev = exp_minus(x2, RAW)
     r = reciprocal((1.0 + ei) * (1.0 + ev), RAW)
-    return a, (1.0 + ev) * r * tl.where(x2 >= 0.0, x2 + 0.5, (1.0 + ei) * r)
+    return a, c, (1.0 + ev) * r * tl.where(x2 >= 0.0, x2 + 0.5, (1.0 + ei) * r)
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def _backward_unnormalized(q, previous, x0, x1, x2, RAW: tl.constexpr):
     g = tl.where(positive, x2 + 0.5, s)
     slope = tl.where(positive, 1.0, s * (1.0 - s))
     df = q * previous * keep_f * ef * keep_f
-    return keep_f, df, q * g * keep_i * ei * keep_i, q * keep_i * slope
+    return keep_f, ef * keep_f, df, q * g * keep_i * ei * keep_i, q * keep_i * slope
 
 
 NORMALIZED = TritonGates(_decay, _gates, _backward, values=3, decay_reads=2)
