@@ -74,6 +74,6 @@ class CausalConv(nn.Module):
             if reset is not None:
                 clear = F.pad(reset == 0, (lag - 1, 0), value=True)[:, :steps]
                 visible = clear if visible is None else visible & clear
-                tap = tap * visible.unsqueeze(-1)
+                tap = tap.masked_fill(~visible.unsqueeze(-1), 0.0)
             y = torch.addcmul(y, tap, self.weight[lag])
         return y

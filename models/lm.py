@@ -66,8 +66,8 @@ class LanguageModel(nn.Module):
         """tokens [B, T] int64 -> (what `readout` returns, the carry of the next segment).
 
         The default readout gives logits [B, T, V]. carry is one per layer, None for an empty
-        history; reset [B, T] uint8 marks documents that start afresh. With `last` no segment
-        follows: no carry is returned, so that none is kept alive.
+        history; reset [B, T] bool or uint8 marks documents that start afresh. With `last` no
+        segment follows: no carry is returned, so that none is kept alive.
         """
         x = self.dropout(self.embed(tokens))
         carries = []

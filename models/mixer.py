@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.mixers import MIXERS
+from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
 from models.softmax_attention import QKV, Cache, attend
 
@@ -62,6 +63,7 @@ class LocalOps:
     def halo(
         self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        check_reset(reset, x)
         extended = torch.cat([carry.to(x.dtype), x], dim=1)
         return extended, visible_tail(extended, width, reset)
 
@@ -86,7 +88,7 @@ def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
         return tail
     starts = F.pad(reset, (max(0, width - reset.shape[1]), 0))[:, -width:]
     later = F.pad(starts[:, 1:], (0, 1)).flip(1).cumsum(1).flip(1)
-    return tail * (later == 0).unsqueeze(-1)
+    return tail.masked_fill((later > 0).unsqueeze(-1), 0.0)
 
 
 class SequenceMixer(nn.Module):
@@ -110,7 +112,7 @@ class SequenceMixer(nn.Module):
         reset: Tensor | None = None,
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
-        """reset [B, T] uint8, 1 at a document's first token.
+        """reset [B, T] bool or uint8, set at a document's first token.
 
         `last` says that no segment follows: a carry that costs memory need not be made.
         """

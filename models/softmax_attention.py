@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.reset import check_reset
+
 # Queries at a time where a mask is needed over a cache: bounds the mask to this many rows.
 _MASKED_ROWS = 512
 # Keys of a cache that a decoded token's products take at a time.
@@ -36,7 +38,8 @@ class Cache(NamedTuple):
 
     keys: Tensor  # [B, kv heads, capacity, d], rotated; the first `length` are there
     values: Tensor
-    visible: Tensor  # [B, length] bool, false before a document's start; [B, 0]: all of it
+    # [B, length] bool, false before a document's start, where both are zeros; [B, 0]: all of it
+    visible: Tensor
     length: Tensor  # int64 scalar on the CPU
     filled: Tensor  # how much of the buffers any continuation has written
 
@@ -85,17 +88,19 @@ def attend(
     cache with this segment in it; with `last` no cache is made of a segment that has nothing before
     it.
     """
+    check_reset(reset, qkv.q)
     past, v = int(cache.length), qkv.v
     q, k = rotate(qkv.q, past, rope_base), rotate(qkv.k, past, rope_base)
     if not past:
         y = _attend_documents(q, k, v, reset)
-        return y, () if last else _append(cache, k, v, reset)
+        return y, () if last else _forgetful(_append(cache, k, v, reset), reset)
     longer = _append(cache, k, v, reset)
     if q.shape[1] == 1 and reset is None:
         return _attend_one(q, longer, cache.visible), () if last else longer
     whole = past + q.shape[1]
     keys, values = (x[:, :, :whole].transpose(1, 2) for x in (longer.keys, longer.values))
-    return _attend_after(past, q, keys, values, cache.visible, reset), () if last else longer
+    y = _attend_after(past, q, keys, values, cache.visible, reset)
+    return y, () if last else _forgetful(longer, reset)
 
 
 def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
@@ -103,7 +108,8 @@ def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     recorded = torch.is_grad_enabled()
     keys, values, filled = cache.keys, cache.values, cache.filled
-    if not recorded and past and int(filled) == past and total <= keys.shape[2]:
+    usable = torch.is_inference_mode_enabled() or not keys.is_inference()  # to write into
+    if not recorded and usable and past and int(filled) == past and total <= keys.shape[2]:
         keys[:, :, past:total], values[:, :, past:total] = k, v
     else:
         # zeros: a decoded token's products pass over some of the room
@@ -123,6 +129,16 @@ def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
             before = (later[:, :1] > 0).expand(-1, past)
             visible = visible & ~torch.cat([before, hidden], dim=1)
     return Cache(keys, values, visible, torch.full_like(cache.length, total), filled)
+
+
+def _forgetful(cache: Cache, reset: Tensor | None) -> Cache:
+    """Zeros where a reset hides what was there: a weight of zero lets infinity through."""
+    if reset is None:
+        return cache
+    room = cache.keys.shape[2] - cache.visible.shape[1]
+    gone = F.pad(~cache.visible, (0, room))[:, None, :, None]
+    keys, values = (x.masked_fill(gone, 0.0) for x in (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values, filled=cache.filled.clone())
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> Tensor:
@@ -164,29 +180,39 @@ def _attend_one(q: Tensor, cache: Cache, visible: Tensor) -> Tensor:
 def _attend_after(
     past: int, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, reset: Tensor | None
 ) -> Tensor:
-    """q [B, T, ...] against keys [B, past + T, ...], of which `visible` tells the first."""
+    """q [B, T, ...] against keys [B, past + T, ...], of which `visible` tells the first.
+
+    What is visible of them ends where the segment begins, so every document is a call of its own.
+    """
+    if reset is None and not visible.shape[1]:
+        return _attend_lower_right(q, keys, values)
+    rows = []
+    for row in range(q.shape[0]):
+        here = slice(row, row + 1)
+        starts = [] if reset is None else reset[row].nonzero().flatten().tolist()
+        ends = starts[0] if starts else q.shape[1]
+        seen = int(visible[row, :past].sum()) if visible.shape[1] else past
+        parts = []
+        if ends:  # the document that goes on from before
+            own = slice(past - seen, past + ends)
+            parts.append(_attend_lower_right(q[here, :ends], keys[here, own], values[here, own]))
+        if starts:
+            later = (q[here, ends:], keys[here, past + ends :], values[here, past + ends :])
+            parts.append(_attend_documents(*later, None if reset is None else reset[here, ends:]))
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
+
+
+def _attend_lower_right(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last queries of a sequence against all of its keys, causally."""
     from torch.nn.attention.bias import causal_lower_right  # imports the compiler, 1.2 s
 
-    steps = q.shape[1]
-    masked = reset is not None or visible.shape[1] > 0
-    if masked:
-        document = torch.zeros_like(q[:, :, 0, 0], dtype=torch.int64)
-        document = document if reset is None else reset.cumsum(1)
-        before = torch.zeros_like(document[:, :1]).expand(-1, past)
-        if visible.shape[1]:
-            before = torch.where(visible, 0, -1)
-        documents = torch.cat([before, document], dim=1)
+    past = keys.shape[1] - q.shape[1]
     pieces = []
-    for begin in range(0, steps, _MASKED_ROWS):
-        rows = slice(begin, min(steps, begin + _MASKED_ROWS))
+    for begin in range(0, q.shape[1], _MASKED_ROWS):
+        rows = slice(begin, min(q.shape[1], begin + _MASKED_ROWS))
         seen = past + rows.stop
-        mask: Any = None
-        if masked:
-            same = document[:, rows, None] == documents[:, None, :seen]
-            order = torch.ones(rows.stop - begin, seen, dtype=torch.bool, device=q.device)
-            mask = (same & order.tril(past + begin)).unsqueeze(1)
-        else:
-            mask = causal_lower_right(rows.stop - begin, seen)
+        mask: Any = causal_lower_right(rows.stop - begin, seen)
         pieces.append(_attention(q[:, rows], keys[:, :seen], values[:, :seen], attn_mask=mask))
     return torch.cat(pieces, dim=1)
 
@@ -199,8 +225,10 @@ def attend_window(
     q [B, T, heads, d]; k, v [B, W - 1 + T, kv heads, d], the halo first, none rotated; visible
     [B, W - 1] bool tells which of the halo is there at all; reset [B, T] marks documents.
     Queries go in blocks against the keys that any of a block may see, (C + W - 1) / W times the
-    products that are needed. With resets the mask takes T * (C + W - 1) bytes.
+    products that are needed. With resets the mask takes T * (C + W - 1) bytes, and a block of
+    several documents is attended once for each.
     """
+    check_reset(reset, q)
     batch, steps = q.shape[:2]
     halo = k.shape[1] - steps
     block = min(steps, max(16, (halo + 1) // 2))  # C
@@ -217,20 +245,48 @@ def attend_window(
     band = (row <= key) & (key <= row + halo)  # [C, C + W - 1]
     document = torch.zeros_like(visible[:, :1], dtype=torch.int64).expand(-1, steps)
     document = document if reset is None else reset.cumsum(1)
-    document = F.pad(document, (0, blocks * block - steps), value=-2)
+    padded = document[:, -1:].expand(-1, blocks * block - steps)
+    document = torch.cat([document, padded], dim=1)
     seen = torch.cat([torch.where(visible, 0, -1), document], dim=1).unfold(1, span, block)
+    document = document.unflatten(1, (blocks, block))  # [B, blocks, C], and of keys [B, blocks, ..]
     # Without resets only the first blocks, which see the halo, need more than the band.
     special = blocks if reset is not None else min(blocks, -(-halo // block))
-    same = document.unflatten(1, (blocks, block))[:, :special, :, None]
-    mask = (band & (same == seen[:, :special, None])).flatten(0, 1).unsqueeze(1)
-    parts = [slice(0, special), slice(special, blocks)]
     pieces = []
-    for part, allowed in zip(parts, (mask, band), strict=True):
-        if part.stop > part.start:
-            queries, keys, values = (x[:, part].flatten(0, 1) for x in (q, k, v))
-            y = _attention(queries, keys, values, attn_mask=allowed)
-            pieces.append(y.unflatten(0, (batch, part.stop - part.start)))
+    if special:
+        first = slice(0, special)
+        tensors = [x[:, first].flatten(0, 1) for x in (q, k, v, document, seen)]
+        *parts, asking, asked = tensors
+        y = _attend_blocks(QKV(*parts), asking, asked, band)
+        pieces.append(y.unflatten(0, (batch, special)))
+    if special < blocks:
+        tensors = [x[:, special:].flatten(0, 1) for x in (q, k, v)]
+        y = _attention(*tensors, attn_mask=band)
+        pieces.append(y.unflatten(0, (batch, blocks - special)))
     return torch.cat(pieces, dim=1).flatten(1, 2)[:, :steps]
+
+
+def _attend_blocks(qkv: QKV, document: Tensor, seen: Tensor, band: Tensor) -> Tensor:
+    """Blocks [N, C, ...] of queries of `document` [N, C] against keys of documents `seen` [N, S].
+
+    One document of each block at a time, the keys of others being zeros: a weight of zero would
+    not be enough against a value that is not finite.
+    """
+    q, k, v = qkv
+    last = document[:, -1]
+    y = torch.zeros_like(q)
+    for later in range(1 + int((last - document[:, 0]).max())):
+        here = ((document[:, 0] + later) <= last).nonzero().flatten()
+        mine = document[here] == (document[here, :1] + later)  # [n, C]
+        own = seen[here] == (document[here, :1] + later)  # [n, S]
+        hidden = ~own[:, :, None, None]
+        keys, values = k[here].masked_fill(hidden, 0.0), v[here].masked_fill(hidden, 0.0)
+        # queries of other documents see whatever there is, and are not taken
+        mask = band & (own[:, None] | ~mine[:, :, None])
+        found = _attention(q[here], keys, values, attn_mask=mask.unsqueeze(1))
+        taken = torch.zeros_like(q).index_copy(0, here, found.to(q.dtype))
+        chosen = torch.zeros_like(document, dtype=torch.bool).index_copy(0, here, mine)
+        y = torch.where(chosen[:, :, None, None], taken, y)
+    return y
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:

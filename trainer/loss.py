@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.once import once
+
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
     """Sum over all tokens of -log softmax(W x)[label], in nats; a scalar in fp32 (fp64 for fp64).
@@ -45,26 +47,35 @@ class _SummedCrossEntropy(torch.autograd.Function):
         accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=accumulator, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulator)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=accumulator)
         rows = hidden.flatten(0, 1)
         for begin in range(0, rows.shape[0], tile):
             x, label = rows[begin : begin + tile], labels.flatten()[begin : begin + tile]
             log_p = F.log_softmax(F.linear(x, weight).to(accumulator), dim=-1)
             picked = log_p.gather(1, label.unsqueeze(1))
             total -= picked.sum()
-            if grad_hidden is None:
+            if grad_hidden is None and grad_weight is None:
                 continue
             grad_logits = log_p.exp_()
             grad_logits.scatter_add_(1, label.unsqueeze(1), -torch.ones_like(picked))
             grad_logits = grad_logits.to(x.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden.flatten(0, 1)[begin : begin + tile])
-            grad_weight += grad_logits.T @ x
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden.flatten(0, 1)[begin : begin + tile])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad).to(grad_hidden.dtype)
-        # a zero-dimensional fp32 factor: multiplied in fp32, rounded once
-        return grad_hidden * grad, grad_weight, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.dtype)
+        if grad_hidden is not None:
+            # a zero-dimensional fp32 factor: multiplied in fp32, rounded once
+            grad_hidden = grad_hidden * grad
+        return grad_hidden, grad_weight, None, None

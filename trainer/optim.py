@@ -13,6 +13,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         keep = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
         keep = keep or name.startswith("embed.") or ".conv." in name
         (plain if keep else decayed).append(parameter)

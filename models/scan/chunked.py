@@ -137,14 +137,17 @@ class _Maps:
         first, *rest = self.order(a.shape[dim])
         decay, state = a.select(dim, first).clone(), b.select(dim, first).clone()
         for t in rest:
-            state = self._step(a.select(dim, t), state, b.select(dim, t))
-            decay = self.kind.compose(a.select(dim, t), decay)
+            later = a.select(dim, t)
+            state = self._step(later, state, b.select(dim, t))
+            decay = self.kind.compose(later, self._before(later, decay))
         return decay.resolve_conj(), state
 
     def _step(self, a: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        if self.clears:
-            h = self.kind.let_through(a, h)
-        return self.kind.step(a, h, b)
+        return self.kind.step(a, self._before(a, h), b)
+
+    def _before(self, a: Tensor, h: Tensor) -> Tensor:
+        """What of a state, or of the decay of earlier steps, a step lets through."""
+        return self.kind.let_through(a, h) if self.clears else h
 
     def states(self, span: Span, entering: Tensor) -> Tensor:
         """The state after every step [B, T, ...], from the one that enters at the open end."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.reset import reset_fault
 from models.scan.span import ELEMENTWISE, Decay, Span, span_dtype
 
 Inputs = tuple[Tensor, ...]
@@ -98,15 +99,11 @@ class Recurrence:
         return (None,) * len(inputs)
 
 
-def reset_fault(reset: Tensor, x: Tensor) -> str | None:
-    """What is wrong with a reset mask for x [B, T, ...]; anything but zero in it is a reset."""
-    if reset.shape != x.shape[:2]:
-        return f"reset must be [B, T] = {list(x.shape[:2])}, got {tuple(reset.shape)}"
-    if reset.dtype not in (torch.bool, torch.uint8):
-        return (
-            f"reset must be bool or uint8, got {reset.dtype}: say what is a reset, as `mask != 0`"
-        )
-    return None
+def usable(state: Tensor) -> Tensor:
+    """A state that autograd can keep: one that was made in inference mode is copied out of it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return state
+    return state.clone() if state.is_inference() else state
 
 
 # Recurrences by name: operators take no objects.
@@ -128,8 +125,8 @@ def remember(recurrence: Recurrence) -> None:
 class Problem:
     """What there is to scan: a recurrence over inputs, cleared before steps that `reset` marks.
 
-    reset [B, T] or None. A reset at t clears the state before step t: its decay is zero, nothing
-    else needs to know.
+    reset [B, T] bool or uint8, or None. A reset at t clears the state before step t, whatever it
+    was: its decay is zero, and a decay of zero lets nothing through.
     """
 
     recurrence: Recurrence
@@ -184,7 +181,7 @@ class Problem:
         dtype = self.recurrence.state_dtype(self.inputs)
         if h0 is None:
             return self.inputs[0].new_zeros(self.state_shape, dtype=dtype)
-        return h0.to(dtype)
+        return usable(h0).to(dtype)
 
     def _fault(self, h0: Tensor | None) -> str | None:
         name, inputs, reset = self.recurrence.name, self.inputs, self.reset
@@ -202,7 +199,7 @@ class Problem:
         if len(devices) > 1:
             shown = " and ".join(sorted(str(device) for device in devices))
             return f"{name} scan needs all tensors on one device, got {shown}"
-        if reset is not None and (fault := reset_fault(reset, first)):
+        if reset is not None and (fault := reset_fault(reset, *first.shape[:2])):
             return fault
         if h0 is not None and h0.shape != self.state_shape:
             axes = "[B, H]" if len(self.state_shape) == 2 else "[B, ...]"

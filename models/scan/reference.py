@@ -32,7 +32,7 @@ def summarize(problem: Problem) -> Span:
     decay, state = a[:, 0], b[:, 0]
     for t in range(1, problem.steps):
         state = kind.step(a[:, t], kind.let_through(a[:, t], state), b[:, t])
-        decay = kind.compose(a[:, t], decay)
+        decay = kind.compose(a[:, t], kind.let_through(a[:, t], decay))
     return Span(decay.clone(), state.clone(), kind=kind)
 
 

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from models.once import once
 from models.scan import backend as backends
 from models.scan.backend import Scanned, choose_backend
 from models.scan.recurrence import KNOWN, Inputs, Problem, Recurrence
-from models.scan.recurrences.linear import Linear
+from models.scan.recurrences.linear import Complement, Linear
 from models.scan.recurrences.mingru import MinGRU
 from models.scan.recurrences.minlstm import MinLSTM
 from models.scan.span import Span
@@ -36,19 +36,30 @@ class Exchange(Protocol):
 
 
 def linear_scan(
-    a: Tensor,
+    a: Tensor | None,
     b: Tensor,
     h0: Tensor | None = None,
     *,
+    one_minus_a: Tensor | None = None,
     reset: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """h_t = a_t * h_{t-1} + b_t.
 
-    a, b [B, T, H] float of one dtype, any sign; h0 [B, H] or None for zeros; reset [B, T], 1 where
-    the state is cleared before the step. Raises ValueError for shapes that do not fit.
+    a, b [B, T, H] float, any sign; h0 [B, H] or None for zeros; reset [B, T] bool or uint8, set
+    where the state is cleared before the step. For long memories give `one_minus_a` and None for
+    a: rounded to fp32, an a of 1 - 1e-6 is 3 % off in what it lacks to one. Where that is wider
+    than b (fp32 beside bf16), the scan is in its dtype and h in b's. Raises ValueError for shapes
+    that do not fit.
     """
-    return scan(Linear(), (a, b), h0, reset=reset, backend=backend)
+    if (a is None) == (one_minus_a is None):
+        raise ValueError("linear_scan takes either a or one_minus_a: give one of them")
+    decay, recurrence = (a, Linear()) if a is not None else (one_minus_a, Complement())
+    assert decay is not None
+    wide = torch.promote_types(decay.dtype, b.dtype)
+    inputs = decay.to(wide), b.to(wide)
+    h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)
+    return h.to(b.dtype), h_last
 
 
 def mingru_scan(
@@ -140,7 +151,7 @@ class _Scan(torch.autograd.Function):
         return scanned.y, h_last
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor, grad_h_last: Tensor) -> tuple[Tensor | None, ...]:
         reset, h_in, decays, y, *saved = ctx.saved_tensors
         method: _Method = ctx.method

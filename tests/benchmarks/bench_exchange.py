@@ -27,7 +27,7 @@ from trainer.memory import keep_freed_memory
 from trainer.parallel.carry import CarryExchange
 from trainer.parallel.topology import Topology
 
-FP32, BF16 = 4, 2  # bytes
+FP64, BF16 = 8, 2  # bytes
 
 
 def _measure(steps: int, width: int, repeats: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def measured(steps: int, width: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for ranks in (1, 2, 4):
         figures = run_distributed(_measure, ranks, steps, width, repeats)
-        formula = (2 + 1) * width * FP32  # forward and backward, B = 1
+        formula = (2 + 1) * width * FP64  # forward and backward, B = 1
         assert all(f["sent"] == formula for f in figures), (figures, formula)
         slowest = max(f["seconds"] for f in figures)
         rows.append(
@@ -154,7 +154,7 @@ class Layer:
         """(local, exposed exchange) of minGRU with H = D: gate, candidate, output gate, output."""
         scan = self.tokens * self.width * (10.1 + 16.1) / device.bytes_per_second
         local = self._matrix_seconds(4 + 3 * self.mlp_ratio, device) + scan
-        span = self.width * FP32
+        span = self.width * FP64
         exchange = network.ring(ranks, (ranks - 1) * 2 * span)
         exchange += network.ring(ranks, (ranks - 1) * span)
         halo = 2 * (network.launch + network.hop_between + 3 * self.width * BF16 / network.between)

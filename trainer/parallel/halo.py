@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.once import once
 from trainer.parallel.sequence_group import SequenceGroup
 
 
@@ -28,6 +29,7 @@ class _Halo(torch.autograd.Function):
         return group.shift(tail, 1, carry), group.broadcast(tail, group.size - 1)
 
     @staticmethod
+    @once
     def backward(
         ctx: Any, grad_halo: Tensor, grad_leaving: Tensor
     ) -> tuple[Tensor, Tensor | None, None]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.mixer import Carry, SequenceMixer, visible_tail
+from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
 from models.softmax_attention import QKV, Cache
 from trainer.parallel.carry import CarryExchange
@@ -32,6 +33,7 @@ class ShardedOps:
                 f"a shard of {x.shape[1]} tokens is shorter than its halo of {width}: "
                 f"use longer sequences or fewer SP ranks"
             )
+        check_reset(reset, x)
         tail = visible_tail(x, width, reset)
         halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group)
         return torch.cat([halo, x], dim=1), leaving

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.mixer import Carry
+from models.once import once
 from models.softmax_attention import QKV, Cache, attend
 from trainer.parallel.sequence_group import SequenceGroup
 
@@ -92,6 +93,7 @@ class _Own(torch.autograd.Function):
         return x[group.rank].contiguous()
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.group.all_gather(grad), None
 
@@ -105,5 +107,6 @@ class _Everyone(torch.autograd.Function):
         return group.all_gather(x)
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.group.rank], None

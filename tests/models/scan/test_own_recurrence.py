@@ -69,9 +69,8 @@ def test_a_second_backward_is_refused():
     for backend in ("reference", "chunked", "native"):
         kv = torch.randn(1, 5, 4, requires_grad=True)
         y, _ = scan(MinGRU(), (kv,), backend=backend)
-        (grad,) = torch.autograd.grad(y.square().sum(), kv, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            (grad.sum() + kv.sum()).backward()
+        with pytest.raises(RuntimeError, match="Scan has a gradient but no second derivative"):
+            torch.autograd.grad(y.square().sum(), kv, create_graph=True)
 
 
 @by_name

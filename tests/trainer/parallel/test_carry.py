@@ -124,5 +124,5 @@ def _count_bytes() -> tuple[int, int]:
 
 
 def test_exchange_sends_what_the_formula_says():
-    """2 B H fp32 forward, B H backward, whatever T."""
-    assert run_distributed(_count_bytes, 2) == [(2 * BATCH * WIDTH * 4, BATCH * WIDTH * 4)] * 2
+    """2 B H of fp64 forward, B H backward, whatever T."""
+    assert run_distributed(_count_bytes, 2) == [(2 * BATCH * WIDTH * 8, BATCH * WIDTH * 8)] * 2
