@@ -102,8 +102,8 @@ INLINE Vec<float> clamp(Vec<float> x, float least, float most) {  // NaN stays N
 #endif
 }
 
-// exp(-x), x clamped to [-83, 87]: the result is a normal number, and a sigmoid made of it at least
-// 9e-37. 2^n * exp(-r), |r| <= ln 2 / 2, with a polynomial fitted to 1e-7; 2e-7 with all roundings
+// exp(-x), x clamped to [-83, 87]: the result is a normal number, and a gate made of it at least
+// 2e-36. 2^n * exp(-r), |r| <= ln 2 / 2, with a polynomial fitted to 1e-7; 2e-7 with all roundings
 // for x from -20 to 20, 4e-7 at the ends.
 INLINE Vec<float> exp_minus(Vec<float> x) {
   x = clamp(x, -83.0f, 87.0f);
