@@ -123,6 +123,24 @@ def test_nan_is_not_hidden():
         assert h[0, 7:].isnan().all(), name
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", TRITON)
+def test_a_reset_clears_what_is_not_finite(name, bad, monkeypatch):
+    """In a chunk and in the maps of chunks; what entered, too."""
+    cut(monkeypatch, 8)
+    made = make_inputs(RECURRENCES[name], 1, 40, 20, torch.float32)
+    inputs = [x.detach().to(DEVICE) for x in made]
+    reset = torch.zeros(1, 40, dtype=torch.bool, device=DEVICE)
+    reset[:, 17] = True
+    clean, _ = scan(RECURRENCES[name], tuple(inputs), reset=reset, backend="triton")
+    for x in inputs:
+        x[:, 3:9] = bad
+    h0 = torch.full((1, 20), bad, device=DEVICE)
+    h, _ = scan(RECURRENCES[name], tuple(inputs), h0, reset=reset, backend="triton")
+    assert not h[:, :17].isfinite().all()
+    torch.testing.assert_close(h[:, 17:], clean[:, 17:])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_more_than_2_to_the_31_elements():
     """T * H beyond 32 bits: the last steps are where an overflowing offset would show."""
