@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "lines"),
-    [("bench_scan", 6), ("bench_exchange", 6), ("bench_llama", 2), ("bench_before HEAD", 12)],
+    [
+        ("bench_scan", 6),
+        ("bench_exchange", 6),
+        ("bench_llama", 2),
+        ("bench_before HEAD", 12),
+        ("bench_precision", 6),
+    ],
 )
 def test_quick_run_prints_a_table(command, lines):
     done = subprocess.run(
@@ -63,7 +69,7 @@ def test_predicted_exchange_is_the_formula_at_infinite_bandwidth_and_at_zero_lat
     _, latency = layer.recurrent(8, free, device)
     assert latency == pytest.approx(2 * (10e-6 + 7e-6) + 2 * (10e-6 + 4e-6))
     _, transfer = layer.recurrent(8, Network("", **silent), device)
-    gathered, halo = 7 * 3 * 4096 * 4 / 450e9, 2 * 3 * 4096 * 2 / 50e9
+    gathered, halo = 7 * 3 * 4096 * 8 / 450e9, 2 * 3 * 4096 * 2 / 50e9
     assert transfer == pytest.approx(gathered + halo)
     assert layer.ulysses(64, free, device) is None
     rows = bench_exchange.predicted()
