@@ -41,6 +41,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
 MOST_INPUTS = 4
 
+LARGE_BYTES, PAGE, MADV_HUGEPAGE = 4 << 20, 4096, 14  # of madvise(2)
+_LIBC = ctypes.CDLL(None)
+if hasattr(_LIBC, "madvise"):
+    _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
 
 class _Arguments(ctypes.Structure):
     """scan.cpp's struct of the same name."""
@@ -90,6 +95,7 @@ def summarize(problem: Problem) -> Span:
 def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
     """In one pass; a span is not needed."""
     scanned = empty(problem)[1]
+    _in_large_pages(scanned.y)
     _Call(problem, out=(scanned.y,)).run(FORWARD, state_in=h_in, state=scanned.h_last)
     return scanned
 
@@ -110,6 +116,8 @@ def backward(
     gradients = tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem.inputs
     )
+    for gradient in gradients:
+        _in_large_pages(gradient)
     grad_h_in = problem.new_state()
     _Call(problem, out=gradients).run(
         BACKWARD,
@@ -120,6 +128,18 @@ def backward(
         state=grad_h_in,
     )
     return gradients, grad_h_in
+
+
+def _in_large_pages(x: Tensor) -> None:
+    """Ask Linux for pages of 2 MiB under a large new tensor, where it gives them on request.
+
+    Its pages are mapped and cleared when they are first written, which in 4 KiB takes several times
+    as long as the scan. Advice: where it is not taken nothing is lost.
+    """
+    if x.nbytes < LARGE_BYTES or not hasattr(_LIBC, "madvise"):
+        return
+    first = -(-x.data_ptr() // PAGE) * PAGE
+    _LIBC.madvise(first, (x.data_ptr() + x.nbytes - first) // PAGE * PAGE, MADV_HUGEPAGE)
 
 
 @dataclass(frozen=True)
