@@ -27,7 +27,7 @@ class ModelConfig:
     gate: bool = True  # multiply the state by SiLU of a second projection
     mlp_ratio: float = not_negative(8 / 3, most=WIDEST)  # SwiGLU's hidden width over D; 0: no MLP
     normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
-    # longest mean memory, in tokens, at initialisation
+    # longest mean memory, in tokens, at initialisation; weights in bf16 have it to 6 %
     memory_tokens: float = bounded(1024.0, least=2, most=LONGEST_MEMORY)
     heads: int = positive(4)  # of attention and window, each width / heads wide
     # heads of keys and values, shared in groups; null: as many

@@ -8,6 +8,8 @@ from models.config import ModelConfig
 from models.flops import parameters
 from models.lm import LanguageModel
 from models.mixers import MIXERS
+from models.scan import Problem
+from models.scan.backend import summarize
 
 VARIANTS = [
     {},
@@ -116,6 +118,18 @@ def test_initial_memory_is_what_was_asked(mixer):
     a, _ = layer.recurrence.gates((layer.preactivations.bias[None, None],))
     assert a.max().item() == pytest.approx(1 - 1 / 1000, abs=2e-4)
     assert a.min().item() == pytest.approx(1 - 1 / 2, abs=0.05)
+
+
+@pytest.mark.parametrize("mixer", RECURRENT)
+def test_a_memory_of_a_hundred_million_tokens_means_what_it_says(mixer):
+    """Every channel forgets, by 1/m of what it holds at a step, as the scan itself has it."""
+    model = LanguageModel(small(mixer, memory_tokens=1e8, expansion=4.0))
+    layer = model.blocks[0].mixer
+    asked = 2 * 5e7 ** ((torch.arange(layer.state_width) + 0.5) / layer.state_width)
+    preactivations = layer.preactivations.bias.detach()[None, None]
+    for backend in ("native", "chunked"):
+        span = summarize(backend, Problem(layer.recurrence, (preactivations,)))
+        torch.testing.assert_close(1 / (1 - span.decay[0]), asked.double(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
