@@ -140,7 +140,9 @@ struct Scan {
         tile.fetch(o + c - ahead);
         fetch(tile, x, c, H, -ahead, DECAY);
         const Decay<V> d = R::decay(read(x, c, H, count, DECAY));
-        passed.keep(c, decayed(passed.sum(c), d, V(d.a * load(o + c, count))));
+        const Sum<V> flow = passed.sum(c);
+        const V given = load(o + c, count);
+        passed.keep(c, flowed(flow, d, V(given + flow.value), given));
         passed.decay_by(c, d);
       });
     }
@@ -175,7 +177,7 @@ struct Scan {
         const Decay<V> d = R::backward(q, previous, read(x, c, H, count, BACKWARD), &gradients);
         fetch_to_write(tile, dx, c, W, -ahead, ALL);
         write(dx, c, H, gradients, count, ALL);
-        passed.keep(c, decayed(flow, d, V(d.a * given)));
+        passed.keep(c, flowed(flow, d, q, given));
       });
       if (cleared) passed.clear(tile.width);
     }

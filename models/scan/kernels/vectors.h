@@ -105,8 +105,15 @@ INLINE Vec<float> clamp(Vec<float> x, float least, float most) {  // NaN stays N
 // exp(-x), x clamped to [-83, 87]: the result is a normal number, and a gate made of it at least
 // 2e-36. 2^n * exp(-r), |r| <= ln 2 / 2, with a polynomial fitted to 1e-7; 2e-7 with all roundings
 // for x from -20 to 20, 4e-7 at the ends.
+//
+// Not CLOSED above, +inf gives NaN: for whoever takes another value there.
+template <bool CLOSED = true>
 INLINE Vec<float> exp_minus(Vec<float> x) {
+#ifdef __AVX512F__
+  x = CLOSED ? clamp(x, -83.0f, 87.0f) : (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-83.0f), x);
+#else
   x = clamp(x, -83.0f, 87.0f);
+#endif
 #ifdef __AVX512F__
   const Vec<float> n = _mm512_roundscale_ps(x * -1.44269504f, 0);
 #else
@@ -126,6 +133,7 @@ INLINE Vec<float> exp_minus(Vec<float> x) {
   return x == x ? e : x;  // of a NaN, what is added may have made a number
 #endif
 }
+template <bool CLOSED = true>
 INLINE Vec<double> exp_minus(Vec<double> x) {  // clamped so that no sum of two overflows
   for (int i = 0; i < LANES<double>; ++i)
     x[i] = std::exp(-(x[i] < -700.0 ? -700.0 : (x[i] > 700.0 ? 700.0 : x[i])));
@@ -177,6 +185,19 @@ INLINE V made(V x) {
   return x;
 }
 
+// The sum where the decay is near one, and else what was computed from a.
+template <class V>
+INLINE Sum<V> chosen(Decay<V> d, V value, V rest, V far) {
+#ifdef __AVX512F__  // one comparison, where GCC 12 makes one for each choice
+  if constexpr (sizeof(value[0]) == 4) {
+    const __mmask16 near = _mm512_cmp_ps_mask(d.a, _mm512_set1_ps(0.5f), _CMP_GE_OQ);
+    return {_mm512_mask_mov_ps(far, near, value), _mm512_maskz_mov_ps(near, rest)};
+  }
+#endif
+  const auto near = d.a >= 0.5f;
+  return {near ? value : far, near ? rest : V{}};
+}
+
 // a sum + b. Where the decay is near one the small change b - c sum is made, and added with its
 // rounding kept (Kahan's sum): `a h + b` would round the same way at every step, and drift. In fp64
 // that drift is below anything here.
@@ -186,16 +207,17 @@ INLINE Sum<V> decayed(Sum<V> sum, Decay<V> d, V b) {
   b = made(b);
   const V change = (b - d.c * sum.value) + sum.rest;
   const V value = sum.value + change;
-  const V rest = change - (value - sum.value);
-  const V far = d.a * sum.value + b;
-#ifdef __AVX512F__  // one comparison, where GCC 12 makes one for each choice
-  if constexpr (sizeof(sum.value[0]) == 4) {
-    const __mmask16 near = _mm512_cmp_ps_mask(d.a, _mm512_set1_ps(0.5f), _CMP_GE_OQ);
-    return {_mm512_mask_mov_ps(far, near, value), _mm512_maskz_mov_ps(near, rest)};
-  }
-#endif
-  const auto near = d.a >= 0.5f;
-  return {near ? value : far, near ? rest : V{}};
+  return chosen(d, value, change - (value - sum.value), V(d.a * sum.value + b));
+}
+
+// The flow of a gradient through a step, which q, flow and what is `given` from outside, reaches:
+// a q, as above. One product fewer than `decayed`.
+template <class V>
+INLINE Sum<V> flowed(Sum<V> flow, Decay<V> d, V q, V given) {
+  if constexpr (sizeof(q[0]) == 8) return {d.a * q, V{}};
+  const V change = (given - d.c * q) + flow.rest;
+  const V value = flow.value + change;
+  return chosen(d, value, change - (value - flow.value), V(d.a * q));
 }
 
 }  // namespace

@@ -18,12 +18,12 @@ struct MinGRU {
   template <class V>
   static INLINE Step<V> gates(const Values<V>& x) {
     const Decay<V> d = decay(x);
-    return {d.a, d.c, d.c * candidate(x[1], sigmoid(x[1]))};
+    return {d.a, d.c, d.c * candidate(x[1], sigmoid_below(x[1]))};
   }
   template <class V>
   static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     const Decay<V> z = decay(x);
-    const V s = sigmoid(x[1]), qz = q * z.c;
+    const V s = sigmoid_below(x[1]), qz = q * z.c;
     (*d)[0] = qz * z.a * (candidate(x[1], s) - previous);
     (*d)[1] = qz * slope(x[1], s);
     return z;

@@ -46,13 +46,13 @@ struct MinLSTM {
   static INLINE Step<V> gates(const Values<V>& x) {
     const Decay<V> d = decay(x);
     const V i = NORMALIZE ? d.c : sigmoid(x[1]);
-    return {d.a, d.c, i * candidate(x[2], sigmoid(x[2]))};
+    return {d.a, d.c, i * candidate(x[2], sigmoid_below(x[2]))};
   }
   template <class V>
   static INLINE Decay<V> backward(V q, V previous, const Values<V>& x, Values<V>* d) {
     V ef, ei;
     exps(x[0], x[1], &ef, &ei);
-    const V f = reciprocal(1 + ef), i = reciprocal(1 + ei), s = sigmoid(x[2]);
+    const V f = reciprocal(1 + ef), i = reciprocal(1 + ei), s = sigmoid_below(x[2]);
     const V g = candidate(x[2], s);
     if constexpr (NORMALIZE) {
       const Decay<V> share = shares(ef, ei);
