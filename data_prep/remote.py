@@ -35,7 +35,7 @@ class Remote:
         return f"{self.address}/".startswith(f"{source.rstrip('/')}/")
 
     def folder(self) -> Path:
-        """Where the dataset is made: the same for every command with this address."""
+        """Below which datasets for this address are made."""
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         return caches / "longhaul" / name

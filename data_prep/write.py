@@ -65,6 +65,7 @@ def prepare_remote(
     planned = _planned(selection, folder, settings, tell)
     if there := out.existing():
         return _asked_for(there, planned.fingerprint, out.address)
+    folder /= planned.fingerprint[:16]
     info = _write(planned, folder, settings, workers, tell)
     out.upload(folder)
     shutil.rmtree(folder)

@@ -133,7 +133,7 @@ def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
 
 def _forgetful(cache: Cache, reset: Tensor | None) -> Cache:
     """Zeros where a reset hides what was there: a weight of zero lets infinity through."""
-    if reset is None:
+    if reset is None or not bool(reset.any()):
         return cache
     room = cache.keys.shape[2] - cache.visible.shape[1]
     gone = F.pad(~cache.visible, (0, room))[:, None, :, None]
@@ -225,8 +225,7 @@ def attend_window(
     q [B, T, heads, d]; k, v [B, W - 1 + T, kv heads, d], the halo first, none rotated; visible
     [B, W - 1] bool tells which of the halo is there at all; reset [B, T] marks documents.
     Queries go in blocks against the keys that any of a block may see, (C + W - 1) / W times the
-    products that are needed. With resets the mask takes T * (C + W - 1) bytes, and a block of
-    several documents is attended once for each.
+    products that are needed. With resets the mask takes T * (C + W - 1) bytes.
     """
     check_reset(reset, q)
     batch, steps = q.shape[:2]
@@ -236,6 +235,9 @@ def attend_window(
     span = block + halo  # keys that a block may see
     # Only relative positions count, so every shard may start from its own.
     q, k = rotate(q, halo, rope_base), rotate(k, 0, rope_base)
+    lost = None
+    if reset is not None:
+        k, v, lost = _without_infinities(q, k, v, reset)
     padding = (0, 0, 0, 0, 0, blocks * block - steps)
     q = F.pad(q, padding).unflatten(1, (blocks, block))
     k, v = (F.pad(x, padding).unfold(1, span, block).movedim(-1, 2) for x in (k, v))
@@ -245,48 +247,41 @@ def attend_window(
     band = (row <= key) & (key <= row + halo)  # [C, C + W - 1]
     document = torch.zeros_like(visible[:, :1], dtype=torch.int64).expand(-1, steps)
     document = document if reset is None else reset.cumsum(1)
-    padded = document[:, -1:].expand(-1, blocks * block - steps)
-    document = torch.cat([document, padded], dim=1)
+    document = F.pad(document, (0, blocks * block - steps), value=-2)
     seen = torch.cat([torch.where(visible, 0, -1), document], dim=1).unfold(1, span, block)
-    document = document.unflatten(1, (blocks, block))  # [B, blocks, C], and of keys [B, blocks, ..]
     # Without resets only the first blocks, which see the halo, need more than the band.
     special = blocks if reset is not None else min(blocks, -(-halo // block))
+    same = document.unflatten(1, (blocks, block))[:, :special, :, None]
+    mask = (band & (same == seen[:, :special, None])).flatten(0, 1).unsqueeze(1)
+    parts = [slice(0, special), slice(special, blocks)]
     pieces = []
-    if special:
-        first = slice(0, special)
-        tensors = [x[:, first].flatten(0, 1) for x in (q, k, v, document, seen)]
-        *parts, asking, asked = tensors
-        y = _attend_blocks(QKV(*parts), asking, asked, band)
-        pieces.append(y.unflatten(0, (batch, special)))
-    if special < blocks:
-        tensors = [x[:, special:].flatten(0, 1) for x in (q, k, v)]
-        y = _attention(*tensors, attn_mask=band)
-        pieces.append(y.unflatten(0, (batch, blocks - special)))
-    return torch.cat(pieces, dim=1).flatten(1, 2)[:, :steps]
+    for part, allowed in zip(parts, (mask, band), strict=True):
+        if part.stop > part.start:
+            queries, keys, values = (x[:, part].flatten(0, 1) for x in (q, k, v))
+            y = _attention(queries, keys, values, attn_mask=allowed)
+            pieces.append(y.unflatten(0, (batch, part.stop - part.start)))
+    y = torch.cat(pieces, dim=1).flatten(1, 2)[:, :steps]
+    return y if lost is None else y.masked_fill(lost, float("nan"))
 
 
-def _attend_blocks(qkv: QKV, document: Tensor, seen: Tensor, band: Tensor) -> Tensor:
-    """Blocks [N, C, ...] of queries of `document` [N, C] against keys of documents `seen` [N, S].
+def _without_infinities(
+    q: Tensor, k: Tensor, v: Tensor, reset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v with zeros for keys that are not finite, and the queries that see one of these.
 
-    One document of each block at a time, the keys of others being zeros: a weight of zero would
-    not be enough against a value that is not finite.
+    A weight of zero lets infinity through, so it must not be there for the documents after it;
+    those that do see it [B, T, heads, 1] have no result.
     """
-    q, k, v = qkv
-    last = document[:, -1]
-    y = torch.zeros_like(q)
-    for later in range(1 + int((last - document[:, 0]).max())):
-        here = ((document[:, 0] + later) <= last).nonzero().flatten()
-        mine = document[here] == (document[here, :1] + later)  # [n, C]
-        own = seen[here] == (document[here, :1] + later)  # [n, S]
-        hidden = ~own[:, :, None, None]
-        keys, values = k[here].masked_fill(hidden, 0.0), v[here].masked_fill(hidden, 0.0)
-        # queries of other documents see whatever there is, and are not taken
-        mask = band & (own[:, None] | ~mine[:, :, None])
-        found = _attention(q[here], keys, values, attn_mask=mask.unsqueeze(1))
-        taken = torch.zeros_like(q).index_copy(0, here, found.to(q.dtype))
-        chosen = torch.zeros_like(document, dtype=torch.bool).index_copy(0, here, mine)
-        y = torch.where(chosen[:, :, None, None], taken, y)
-    return y
+    halo = k.shape[1] - q.shape[1]
+    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [B, W - 1 + T, kv heads]
+    before = F.pad(bad.cumsum(1), (0, 0, 1, 0))  # how many lie before each key
+    step = torch.arange(q.shape[1], device=q.device)
+    begun = torch.where(reset != 0, step + halo, 0).cummax(1).values  # its document, among the keys
+    first = torch.maximum(begun, step)[:, :, None].expand(-1, -1, bad.shape[2])
+    seen = before[:, halo + 1 :] - before.gather(1, first)
+    lost = (seen > 0).repeat_interleave(q.shape[2] // bad.shape[2], dim=2).unsqueeze(-1)
+    hidden = bad.unsqueeze(-1)
+    return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), lost
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:

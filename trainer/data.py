@@ -122,12 +122,15 @@ class SequenceReader:
         self.spans = [Span(*each) for each in zip(stream.firsts, counts, strict=True)]
 
     def first_sequences(self, limit: int) -> list[tuple[int, int]]:
-        """(first token, source) of the first `limit` in the order of the mixture, each once."""
-        turns = [self.stream.mixture.source(n) for n in range(limit)]
+        """(first token, source) of the first `limit` in the order of the mixture, each once.
+
+        Source after source.
+        """
+        turns = zip(self.spans, self.stream.mixture.counts(limit), strict=True)
         return [
-            (self.spans[source].first + index * self.layout.seq_len, source)
-            for source, index in turns
-            if index < self.spans[source].sequences
+            (span.first + index * self.layout.seq_len, source)
+            for source, (span, count) in enumerate(turns)
+            for index in range(min(count, span.sequences))
         ]
 
     def order(self, seed: int, shift: bool) -> SequenceOrder:

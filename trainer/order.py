@@ -40,15 +40,18 @@ class SourceOrder:
     Permutation and, with `shift`, the first sequence's token follow from `seed` and epoch alone.
     """
 
-    def __init__(self, span: Span, seq_len: int, seed: list[int], shift: bool = False) -> None:
-        self._span, self._seq_len, self._seed, self._shift = span, seq_len, seed, shift
+    def __init__(
+        self, span: Span, seq_len: int, seed: int, shift: bool = False, source: int = 0
+    ) -> None:
+        self._span, self._seq_len, self._shift = span, seq_len, shift
+        self._seed, self._source = seed, source
         self._epoch, self._begins = -1, np.empty(0, np.int64)
 
     def __getitem__(self, n: int) -> int:
         sequences = self._span.sequences
         epoch, index = divmod(n, sequences)
         if epoch != self._epoch:
-            generator = np.random.default_rng([*self._seed, epoch])
+            generator = np.random.default_rng([self._seed, epoch, self._source])
             begins = self._span.first + generator.permutation(sequences) * self._seq_len
             if self._shift:
                 begins += generator.integers(self._seq_len)
@@ -63,11 +66,8 @@ class SequenceOrder:
         self, spans: list[Span], mixture: Mixture, seq_len: int, seed: int, shift: bool = False
     ) -> None:
         self._spans, self._mixture = spans, mixture
-        # the seeds of all but the first source have one number more
-        seeds = [[seed], *([seed, source] for source in range(1, len(spans)))]
         self._orders = [
-            SourceOrder(span, seq_len, numbers, shift)
-            for span, numbers in zip(spans, seeds, strict=True)
+            SourceOrder(span, seq_len, seed, shift, source) for source, span in enumerate(spans)
         ]
 
     def __getitem__(self, n: int) -> int:

@@ -230,7 +230,7 @@ class _Run:
 
     def note_bad_step(self) -> None:
         """For the next start, which goes back beyond the checkpoint that led here."""
-        self._end_save()
+        self.saver.wait()  # whether it failed or not
         if self.topology.first:
             since = self.guard.bad_since or self.step + 1
             checkpoint.note_bad_steps(self.folder, since, self.config.guard.on_bad_step)

@@ -72,8 +72,8 @@ def backward(
     grad_b = torch.cat([flow[:, 1:], grad_out.unsqueeze(1)], dim=1).add_(grad_h)
     h = (scanned.kept[0] if recurrence.own_output else scanned.y).to(maps.a.dtype)
     previous = torch.cat([h_in.to(h.dtype).unsqueeze(1), h[:, :-1]], dim=1)
-    if problem.reset is not None:
-        previous = recurrence.kind.let_through(maps.a, previous)
+    if maps.reset is not None:
+        previous = previous.masked_fill(maps.reset, 0.0)
     grad_a = problem.cleared(recurrence.kind.gradient(grad_b, previous, maps.a.shape))
     gradients = recurrence.gates_backward(inputs, grad_a, grad_b)
     if recurrence.own_output:
@@ -92,19 +92,19 @@ def _wide(problem: Problem) -> Inputs:
 class _Maps:
     """h = a h + b at every step, run to the right or (reverse) to the left; [B, T, ...] each.
 
-    `clears`: an a that is zero is a reset.
+    `reset` [B, T, 1, ...] says where a is zero because the state is cleared, whatever it was.
     """
 
     a: Tensor
     b: Tensor
     kind: Decay
-    clears: bool
+    reset: Tensor | None
     reverse: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> "_Maps":
         a, b = problem.recurrence.gates(_wide(problem))
-        return cls(problem.cleared(a), b, problem.recurrence.kind, problem.reset is not None)
+        return cls(problem.cleared(a), b, problem.recurrence.kind, _mask(problem, b))
 
     @classmethod
     def of_gradient(cls, problem: Problem, grad_y: Tensor) -> tuple["_Maps", Tensor]:
@@ -117,7 +117,8 @@ class _Maps:
             grad_h = recurrence.state_gradient(inputs, grad_h)
         grad_h = grad_h.to(a.dtype)  # a matrix product promotes nothing
         flows = recurrence.kind.compose(a, grad_h)
-        return cls(a, flows, recurrence.kind, problem.reset is not None, reverse=True), grad_h
+        mask = _mask(problem, flows)
+        return cls(a, flows, recurrence.kind, mask, reverse=True), grad_h
 
     def order(self, length: int) -> range:
         return range(length - 1, -1, -1) if self.reverse else range(length)
@@ -125,29 +126,36 @@ class _Maps:
     def summarize(self) -> Span:
         """Maps of the chunks, and of all of them."""
         decays, states = [], []
-        for a, b in zip(_chunks(self.a), _chunks(self.b), strict=True):
-            decay, state = self._composed(a, b, dim=2)
+        for a, b, reset in self._in_chunks():
+            decay, state = self._composed(a, b, reset, dim=2)
             decays.append(decay)
             states.append(state)
         kept = torch.cat(decays, dim=1), torch.cat(states, dim=1)
-        return Span(*self._composed(*kept, dim=1), kept, self.kind)
+        return Span(*self._composed(*kept, None, dim=1), kept, self.kind)
 
-    def _composed(self, a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """The steps along a dimension as one."""
+    def _in_chunks(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """a, b and reset of the whole chunks, and of the rest."""
+        resets = [None, None] if self.reset is None else _chunks(self.reset)
+        return list(zip(_chunks(self.a), _chunks(self.b), resets, strict=False))
+
+    def _composed(
+        self, a: Tensor, b: Tensor, reset: Tensor | None, dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """The steps, or chunks, along a dimension as one."""
         first, *rest = self.order(a.shape[dim])
         decay, state = a.select(dim, first).clone(), b.select(dim, first).clone()
         for t in rest:
             later = a.select(dim, t)
-            state = self._step(later, state, b.select(dim, t))
-            decay = self.kind.compose(later, self._before(later, decay))
+            mask = None if reset is None else reset.select(dim, t)
+            state = self.kind.step(later, self._before(later, mask, state), b.select(dim, t))
+            decay = self.kind.compose(later, self._before(later, mask, decay))
         return decay.resolve_conj(), state
 
-    def _step(self, a: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        return self.kind.step(a, self._before(a, h), b)
-
-    def _before(self, a: Tensor, h: Tensor) -> Tensor:
-        """What of a state, or of the decay of earlier steps, a step lets through."""
-        return self.kind.let_through(a, h) if self.clears else h
+    def _before(self, a: Tensor, mask: Tensor | None, h: Tensor) -> Tensor:
+        """What of a state, or of earlier decay, a step lets through; or a chunk, without a mask."""
+        if self.reset is None:
+            return h
+        return self.kind.let_through(a, h) if mask is None else h.masked_fill(mask, 0.0)
 
     def states(self, span: Span, entering: Tensor) -> Tensor:
         """The state after every step [B, T, ...], from the one that enters at the open end."""
@@ -156,16 +164,26 @@ class _Maps:
         entering = entering.to(chunk_state.dtype)
         for n in self.order(chunk_state.shape[1]):
             starts[:, n] = entering
-            entering = self._step(chunk_decay[:, n], entering, chunk_state[:, n])
+            decay = chunk_decay[:, n]
+            entering = self.kind.step(decay, self._before(decay, None, entering), chunk_state[:, n])
         h = torch.empty_like(self.b, memory_format=torch.contiguous_format)
         first = 0
-        for a, b, out in zip(*map(_chunks, (self.a, self.b, h)), strict=True):
+        for (a, b, reset), out in zip(self._in_chunks(), _chunks(h), strict=True):
             state = starts[:, first : first + a.shape[1]]
             for t in self.order(a.shape[2]):
-                state = self._step(a[:, :, t], state, b[:, :, t])
+                mask = None if reset is None else reset[:, :, t]
+                if mask is not None:
+                    state = state.masked_fill(mask, 0.0)
+                state = self.kind.step(a[:, :, t], state, b[:, :, t])
                 out[:, :, t] = state
             first += a.shape[1]
         return h
+
+
+def _mask(problem: Problem, h: Tensor) -> Tensor | None:
+    """The reset as a mask [B, T, 1, ...] of states h [B, T, ...]."""
+    reset = problem.reset
+    return None if reset is None else reset.bool().view(*reset.shape, *[1] * (h.dim() - 2))
 
 
 def _chunks(x: Tensor) -> list[Tensor]:

@@ -83,7 +83,8 @@ def _loop(problem: Problem, h: Tensor) -> tuple[Tensor, Tensor]:
     states = []
     for t in range(problem.steps):
         if problem.reset is not None:
-            h = problem.recurrence.kind.let_through(a[:, t], h)
+            mask = problem.reset[:, t].bool().view(-1, *[1] * (h.dim() - 1))
+            h = h.masked_fill(mask, 0.0)
         h = problem.recurrence.kind.step(a[:, t], h, b[:, t])
         states.append(h)
     y = problem.recurrence.output(_wide(problem), torch.stack(states, dim=1))

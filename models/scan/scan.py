@@ -47,10 +47,10 @@ def linear_scan(
     """h_t = a_t * h_{t-1} + b_t.
 
     a, b [B, T, H] float, any sign; h0 [B, H] or None for zeros; reset [B, T] bool or uint8, set
-    where the state is cleared before the step. For long memories give `one_minus_a` and None for
-    a: rounded to fp32, an a of 1 - 1e-6 is 3 % off in what it lacks to one. Where that is wider
-    than b (fp32 beside bf16), the scan is in its dtype and h in b's. Raises ValueError for shapes
-    that do not fit.
+    where the state is cleared before the step. For long memories (positive decays near one) give
+    `one_minus_a` and None for a: rounded to fp32, an a of 1 - 1e-6 is 3 % off in what it lacks to
+    one. Where that is wider than b (fp32 beside bf16), the scan is in its dtype and h in b's.
+    Raises ValueError for shapes that do not fit.
     """
     if (a is None) == (one_minus_a is None):
         raise ValueError("linear_scan takes either a or one_minus_a: give one of them")

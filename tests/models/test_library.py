@@ -161,3 +161,39 @@ def test_linear_scan_takes_the_complement():
     for a, given in ((c, c), (None, None)):
         with pytest.raises(ValueError, match="either a or one_minus_a"):
             linear_scan(a, b, one_minus_a=given)
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+def test_a_decay_of_zero_is_no_reset_to_its_gradient(backend):
+    """A ReLU of a gate: the state before it counts for a's gradient, wherever resets are."""
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 1, 6, 3, dtype=torch.float64)
+    a[:, 2] = 0
+    reset = torch.zeros(1, 6, dtype=torch.bool)
+    reset[0, 4] = True
+    leaf = a.clone().requires_grad_()
+    h, _ = linear_scan(leaf, b, reset=reset, backend=backend)
+    h.sum().backward()
+    state, total, own = torch.zeros(1, 3, dtype=torch.float64), 0, a.clone().requires_grad_()
+    for t in range(6):
+        state = own[:, t] * (state * (t != 4)) + b[:, t]
+        total = total + state.sum()
+    total.backward()
+    torch.testing.assert_close(leaf.grad, own.grad)
+
+
+def test_a_window_of_short_documents_is_one_product():
+    """What autograd keeps does not grow with the documents, nor with what a mask's ones are."""
+    model, kept = model_of("window", width=64), []
+
+    def bytes_kept(every: int, one: int) -> int:
+        kept.clear()
+        tokens, reset = torch.zeros(1, 256, dtype=torch.int64), torch.zeros(1, 256)
+        reset[0, ::every] = one
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.nbytes) or x, lambda x: x
+        ):
+            model(tokens, reset=reset.to(torch.uint8))
+        return sum(kept)
+
+    assert bytes_kept(4, 255) <= 1.1 * bytes_kept(128, 1)

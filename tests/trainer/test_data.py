@@ -85,7 +85,7 @@ def test_reset_marks_the_first_token_of_each_document(data, dataset):
 
 def test_every_epoch_is_a_permutation_of_its_own():
     def order(seed):
-        return SourceOrder(Span(0, 7), 10, [seed])
+        return SourceOrder(Span(0, 7), 10, seed)
 
     first = order(3)
     epochs = [[first[n] for n in range(e * 7, e * 7 + 7)] for e in range(3)]
