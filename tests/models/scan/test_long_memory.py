@@ -18,13 +18,13 @@ from tests.models.scan.long_memory import (
     results,
 )
 
-MEMORIES = [2.5, 30.0, 1e3, 1e5, 1e6, 1e7]
+MEMORIES = [2.5, 1e3, 1e5, 1e7]
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_fp64_is_the_closed_form(memory):
     """What the rest is compared with."""
-    steps = 1 << 18
+    steps = 1 << 16
     exact = exact_results("mingru", long_inputs("mingru", memory, steps), steps)
     h, grad_h0 = closed_form(memory, steps)
     torch.testing.assert_close(exact.values["h"][0, :, 0], h, rtol=1e-9, atol=0)
@@ -36,11 +36,11 @@ def test_fp64_is_the_closed_form(memory):
 @pytest.mark.parametrize("name", [*LONG, "linear", "minlstm-unnormalized"])
 def test_native_is_exact(name, memory, period):
     if name == "minlstm-unnormalized":
-        inputs = long_inputs("minlstm", memory, 1 << 18, period)
+        inputs = long_inputs("minlstm", memory, 1 << 16, period)
     else:
-        inputs = long_inputs(name, memory, 1 << 18, period)
-    errors = results(name, inputs, 1 << 18, "native").errors(exact_results(name, inputs, 1 << 18))
-    assert max(errors.values()) < bound(memory, 1 << 18), errors
+        inputs = long_inputs(name, memory, 1 << 16, period)
+    errors = results(name, inputs, 1 << 16, "native").errors(exact_results(name, inputs, 1 << 16))
+    assert max(errors.values()) < bound(memory, 1 << 16), errors
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -52,13 +52,14 @@ def test_chunked_is_exact(name, memory):
     assert max(errors.values()) < bound(memory, steps), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1e3, 1e6])
 @pytest.mark.parametrize("name", [name for name in LONG if name in TRITON])
 def test_triton_is_exact(name, memory, monkeypatch):
     """Chunks of chunks: their maps lack little to one, and keep it."""
     triton = pytest.importorskip("models.scan.triton")
-    monkeypatch.setattr(triton, "CHUNKS", (16,))
-    steps = 300
+    monkeypatch.setattr(triton, "CHUNKS", (8,))
+    steps = 150
     inputs = long_inputs(name, memory, steps, 1, width=8)
     errors = results(name, inputs, steps, "triton").errors(exact_results(name, inputs, steps))
     assert max(errors.values()) < bound(memory, steps), errors

@@ -123,6 +123,7 @@ def test_nan_is_not_hidden():
         assert h[0, 7:].isnan().all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", TRITON)
 def test_a_reset_clears_what_is_not_finite(name, bad, monkeypatch):
