@@ -14,6 +14,8 @@ from models.block import Block
 from models.config import ModelConfig
 from models.mixers import MIXERS
 
+WITH_MATRICES = (nn.Linear, nn.RNNBase)  # each weight [M, N] of theirs is a product per token
+
 
 def parameters(config: ModelConfig) -> int:
     """Number of trainable numbers of `LanguageModel(config)`, exactly."""
@@ -27,8 +29,9 @@ def matrix_flops_per_token(config: ModelConfig) -> int:
     """Products with weights in one forward pass per token, a multiply-add as two."""
     matrices = config.width * config.vocab_size
     for block, count in _blocks(config):
-        layers = (module for module in block.modules() if isinstance(module, nn.Linear))
-        matrices += count * sum(layer.weight.numel() for layer in layers)
+        layers = (module for module in block.modules() if isinstance(module, WITH_MATRICES))
+        weights = (p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2)
+        matrices += count * sum(weight.numel() for weight in weights)
     return 2 * matrices
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.mixers import MIXERS
+from models.relay import Cell, State, relay
 from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
 from models.softmax_attention import QKV, Cache, attend
@@ -27,6 +28,11 @@ class SequenceOps(Protocol):
         self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """h [B, T, H] and the state [B, H] that leaves the segment, from the one that enters."""
+
+    def relay(
+        self, cell: Cell, u: Tensor, carry: State, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """y [B, T, H] of a cell that is no affine map of its state, and the state that leaves."""
 
     def halo(
         self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
@@ -59,6 +65,11 @@ class LocalOps:
         self, recurrence: Recurrence, inputs: Inputs, carry: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return scan(recurrence, inputs, carry, reset=reset)
+
+    def relay(
+        self, cell: Cell, u: Tensor, carry: State, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return relay(cell, u, carry, reset)
 
     def halo(
         self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None

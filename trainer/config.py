@@ -55,6 +55,9 @@ class DataConfig:
 @dataclass
 class ParallelConfig:
     sp: int = positive(1)  # ranks that share one sequence
+    # how near two states of a GRU or LSTM pass for the same when they are relayed from rank to
+    # rank; 0: equal to the bit (trainer/parallel/README.md)
+    relay_tolerance: float = not_negative(0.0, below=1)
     # a collective that takes longer is an error
     timeout_seconds: float = positive(600.0, most=LONG)
 

@@ -17,6 +17,7 @@ GROUPS = {
     "loss": "loss/train",
     **dict.fromkeys(("grad_norm", "learning_rate", "skipped_steps"), "optimizer"),
     **dict.fromkeys(("tokens_per_second", "tokens_per_second_per_worker", "mfu"), "speed"),
+    **dict.fromkeys(("relay_rounds", "relay_rerun_tokens", "relay_residual"), "relay"),
     **dict.fromkeys(("step_seconds", "data_seconds", "exchange_seconds", "save_seconds"), "time"),
 }
 # Dense bf16 peaks in FLOP/s, by the name that CUDA reports. Where the peak is unknown, mfu is null.

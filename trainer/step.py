@@ -27,7 +27,7 @@ def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     config = worker.config
     torch.manual_seed(config.run.seed)
     model = LanguageModel(config.model)
-    parallelize(model, worker.topology)
+    parallelize(model, worker.topology, config.parallel.relay_tolerance)
     if config.train.recompute:
         recompute_blocks(model)
     if config.train.compile:

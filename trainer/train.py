@@ -152,11 +152,12 @@ class _Run:
         batch = self._read()
         data_seconds = time.perf_counter() - started
         seed_dropout(self.worker, self.step)
-        meter = self.topology.sequence.meter
+        meter, relays = self.topology.sequence.meter, self.topology.sequence.relays
         meter.take()
         self.worker.pulse.now("computing")
         loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker)
         exchange_seconds, _ = meter.take()
+        relayed = relays.take().figures()
         losses, memory, asked = self._agree(loss_sum)
         taken = self.guard.takes_loss(losses, self.step + 1, batch.begins)
         rate = learning_rate(self.step, self.config.train.steps, self.config.optim)
@@ -182,6 +183,7 @@ class _Run:
                 "step_seconds": step_seconds,
                 "data_seconds": data_seconds,
                 "exchange_seconds": exchange_seconds,
+                **relayed,
                 "save_seconds": save_seconds,
                 "peak_memory_bytes": memory,
                 "eta_seconds": statistics.median(self.recent_seconds) * steps_left,

@@ -108,6 +108,8 @@ class Window(Softmax):
 MIXERS: dict[str, Entry] = {
     "mingru": Recurrent("models.mixers.mingru:MinGRUMixer", 12),
     "minlstm": Recurrent("models.mixers.minlstm:MinLSTMMixer", 20),
+    "gru": Recurrent("models.mixers.gru:GRUMixer", 14),
+    "lstm": Recurrent("models.mixers.lstm:LSTMMixer", 17),
     "attention": Softmax("models.mixers.attention:AttentionMixer"),
     "window": Window("models.mixers.window:WindowMixer"),
 }

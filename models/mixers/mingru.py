@@ -4,18 +4,19 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.mixers.recurrent import RecurrentMixer
+from models.mixers.recurrent import ScanMixer
+from models.scan import Recurrence
 from models.scan.recurrences.mingru import MinGRU
 
 
-class MinGRUMixer(RecurrentMixer):
+class MinGRUMixer(ScanMixer):
     """h_t = (1 - z_t) h_{t-1} + z_t g(v_t), z = sigmoid(k).
 
     Source: Feng et al. 2024 (arXiv:2410.01201), section 3.1.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, MinGRU())
+    def choose_recurrence(self, config: ModelConfig) -> Recurrence:
+        return MinGRU()
 
     def forget_bias(self, memory_tokens: Tensor) -> Tensor:
         """k = -log(m - 1), so that 1 - z = 1 - 1/m; candidates start at zero."""

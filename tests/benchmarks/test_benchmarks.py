@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
         ("bench_llama", 2),
         ("bench_before HEAD", 12),
         ("bench_precision", 6),
+        ("bench_relay", 9),
     ],
 )
 def test_quick_run_prints_a_table(command, lines):

@@ -5,7 +5,7 @@ so that no exchange is run twice (recompute.py), and the compiler does not trace
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -40,6 +40,32 @@ class ExchangeMeter:
         self.sent_bytes += sent_bytes
 
 
+@dataclass
+class RelayMeter:
+    """What relays have cost this step, the worst of all ranks of the sequence."""
+
+    rounds: int = 0  # of the relay that took most, one where no guess was wrong
+    rerun_tokens: int = 0  # run again one after the other, by all relays
+    residual: float = 0.0  # what was left between states, or of a gradient, where it was broken off
+
+    def take(self) -> "RelayMeter":
+        """All since the last call."""
+        taken = RelayMeter(self.rounds, self.rerun_tokens, self.residual)
+        self.rounds, self.rerun_tokens, self.residual = 0, 0, 0.0
+        return taken
+
+    def figures(self) -> dict[str, float]:
+        """As a step's metrics; none where nothing is relayed."""
+        named = {f"relay_{name}": value for name, value in asdict(self).items()}
+        return named if self.rounds else {}
+
+    def add(self, rounds: int, rerun_tokens: int, residual: float) -> None:
+        """A round of a relay: its number, and what the slowest rank did in it."""
+        self.rounds = max(self.rounds, rounds)
+        self.rerun_tokens += rerun_tokens
+        self.residual = max(self.residual, residual)
+
+
 class SequenceGroup:
     """The SP group: the ranks that hold one sequence between them, in order.
 
@@ -51,6 +77,7 @@ class SequenceGroup:
         self.ranks = ranks  # global ranks
         self.group = group
         self.meter = ExchangeMeter()
+        self.relays = RelayMeter()
         self.name = f"sequence-{next(_NUMBERS)}"  # operators take no objects
         _GROUPS[self.name] = self
 

@@ -69,7 +69,7 @@ def _check(mixer: str) -> None:
         assert once[operator] == twice[operator], operator
 
 
-@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "window"])
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "window", "gru", "lstm"])
 def test_exchanges_run_once(mixer):
     run_distributed(_check, 2, mixer)
 

@@ -1,0 +1,52 @@
+"""LSTM: torch's own layer, whose gates see the hidden state, so that it is no scan but a relay."""
+
+import torch
+from torch import Tensor, nn
+
+from models.mixer import SequenceOps
+from models.mixers.recurrent import RelayMixer
+from models.relay import State
+
+
+class LSTM(nn.LSTM):
+    """torch.nn.LSTM(fan_in, H), one layer, batch first, as a `models.relay.Cell`.
+
+    Called like a mixer's part, so that whoever gathers weights by module finds them in use.
+    """
+
+    def __init__(self, fan_in: int, state_width: int) -> None:
+        super().__init__(fan_in, state_width, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self, u: Tensor, state: State, reset: Tensor | None, ops: SequenceOps
+    ) -> tuple[Tensor, State]:
+        """h [B, T, H] of u [B, T, D], and the hidden and cell state that leave."""
+        return ops.relay(self, u, state, reset)
+
+    def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        """One call of torch's kernel."""
+        both, weights = [each.unsqueeze(0).contiguous() for each in state], self.weights()
+        y, hidden, cell = torch.lstm(u, both, weights, True, 1, 0.0, self.training, False, True)
+        return y, (hidden[0], cell[0])
+
+    def weights(self) -> list[Tensor]:
+        """In torch's order."""
+        names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+        return [self.get_parameter(name) for name in names]
+
+
+class LSTMMixer(RelayMixer):
+    """c_t = f_t c_{t-1} + i_t tanh(g_t), h_t = o_t tanh(c_t), all gates of u_t and h_{t-1}.
+
+    Source: Hochreiter & Schmidhuber 1997, in the form of torch.nn.LSTM.
+    """
+
+    states = 2  # hidden and cell
+
+    def make_layer(self, fan_in: int, state: int) -> LSTM:
+        return LSTM(fan_in, state)
+
+    def forget_biases(self, memory_tokens: Tensor) -> dict[int, Tensor]:
+        """Of gates i, f, g, o: f = log(m - 1) and i = -f, so that f = 1 - 1/m and i = 1/m."""
+        forget = torch.log(memory_tokens - 1)
+        return {0: -forget, 1: forget}

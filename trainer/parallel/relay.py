@@ -1,0 +1,252 @@
+"""The relay over shards: a recurrence that is no affine map, run by all ranks at once, and exact.
+
+A GRU or an LSTM has no summary, but it forgets: two runs over the same inputs from different
+states fall together. So every rank starts at once from a guess. Where the state that truly enters
+turns out to be another, the rank runs again from its start, only until it meets the states it has
+kept: from there on all of them are right. README.md beside this file has the cost.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.once import once
+from models.relay import Cell, Piece, State, cut, entering, leaving
+from models.reset import check_reset
+from trainer.parallel.sequence_group import SequenceGroup
+
+# Pieces are cut at multiples of so many steps of a shard, always at the same places: what a kernel
+# rounds then depends on the state that enters a piece, and on nothing else.
+PIECE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class RelayExchange:
+    """Among which ranks, and how near two states are to pass for the same; 0: equal to the bit."""
+
+    group: SequenceGroup
+    tolerance: float = 0.0
+
+    def relay(
+        self, cell: Cell, u: Tensor, carry: State, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """`models.relay.relay` of a sequence whose shards lie on the ranks.
+
+        u [B, T, D] and reset [B, T] are this rank's shard; the carry is the same on every rank,
+        entering and leaving, as are its gradients. Every rank must make the call.
+        """
+        check_reset(reset, u)
+        pieces, state = cut(reset, u.shape[1], PIECE_TOKENS), entering(carry, u)
+        run = _Run(cell, pieces, len(state))
+        y, *last = _Relay.apply(self, run, u, *state, *cell.weights())
+        return y, leaving(tuple(last))
+
+    def settle(self, mine: "_Track", fixed: Tensor, first: int) -> list[Tensor]:
+        """Rounds until what enters every rank is what its neighbour gives: what all then give.
+
+        `fixed` enters the rank `first` from outside, which is at one end of the ranks; what a rank
+        gives enters the next from there.
+        """
+        group, ranks = self.group, range(self.group.size)
+        step = 1 if first == 0 else -1
+        given: list[Tensor] = []
+        used = [fixed if rank == first else torch.zeros_like(fixed) for rank in ranks]
+        mine.run(used[group.rank])
+        for number in range(1, group.size + 1):
+            gathered = group.all_gather(mine.report())
+            given = [each[: fixed.numel()].view(fixed.shape).to(fixed.dtype) for each in gathered]
+            rerun, residual, scales = gathered[:, fixed.numel() :].unbind(1)
+            group.relays.add(number, int(rerun.max()), float(residual.max()))
+            arriving = [fixed if rank == first else given[rank - step] for rank in ranks]
+            wrong = [
+                not mine.same(arriving[rank], used[rank], float(scales[rank])) for rank in ranks
+            ]
+            # as far from `first` as rounds were made, all is right, or not a number
+            if not any(wrong) or number == group.size:
+                break
+            used = [arriving[r] if wrong[r] else used[r] for r in ranks]
+            mine.rerun_tokens = 0
+            if wrong[group.rank]:
+                mine.rerun(used[group.rank])
+        return given
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A cell, and the pieces of this rank's steps."""
+
+    cell: Cell
+    pieces: list[Piece]
+    states: int  # tensors of its state
+
+
+class _Track:
+    """What a rank has run of a relay, and what it gives on."""
+
+    def __init__(self) -> None:
+        self.rerun_tokens, self.residual, self.scale = 0, 0.0, 0.0
+
+    def run(self, arriving: Tensor) -> None:
+        """All of it, from what arrives."""
+        raise NotImplementedError
+
+    def rerun(self, arriving: Tensor) -> None:
+        """As much as changes, now that another one arrives."""
+        raise NotImplementedError
+
+    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
+        """Whether nothing need be run again, on a rank of that scale."""
+        raise NotImplementedError
+
+    def given(self) -> Tensor:
+        """What arrives at the next rank."""
+        raise NotImplementedError
+
+    def report(self) -> Tensor:
+        """What all ranks are told, as one row."""
+        given = self.given().flatten()
+        wide = torch.promote_types(given.dtype, torch.float32)
+        figures = torch.tensor([self.rerun_tokens, self.residual, self.scale])
+        return torch.cat([given.to(wide), figures.to(given.device, wide)])
+
+
+class _States(_Track):
+    """Forward: the states that enter the pieces, and the outputs."""
+
+    def __init__(self, run: _Run, u: Tensor, tolerance: float) -> None:
+        super().__init__()
+        self.of, self.u, self.tolerance = run, u, tolerance
+        self.entered: list[State] = []  # one for each piece
+        self.outputs: list[Tensor] = []
+        self.left: State = ()
+
+    def run(self, arriving: Tensor) -> None:
+        state = tuple(arriving)
+        for piece in self.of.pieces:
+            state = piece.clear(state)
+            self.entered.append(state)
+            y, state = self.of.cell.run(piece.of(self.u), state)
+            self.outputs.append(y)
+        self.left = state
+
+    def rerun(self, arriving: Tensor) -> None:
+        state = tuple(arriving)
+        for number, piece in enumerate(self.of.pieces):
+            state = piece.clear(state)
+            kept = self.entered[number]
+            if self.same(torch.stack(state), torch.stack(kept), 1.0):
+                self.residual = max(self.residual, _distance(state, kept))
+                return
+            self.entered[number] = state
+            self.outputs[number], state = self.of.cell.run(piece.of(self.u), state)
+            self.rerun_tokens += piece.end - piece.begin
+        self.left = state
+
+    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
+        if not self.tolerance:
+            return torch.equal(one, other)
+        return bool((one - other).abs().max() <= self.tolerance)
+
+    def given(self) -> Tensor:
+        return torch.stack(self.left)
+
+
+class _Flow(_Track):
+    """Backward: the gradients of inputs and weights, and the flow from right to left.
+
+    The flow is linear in what arrives from the right. When another gradient arrives, the difference
+    alone is carried on, until it is below a rounding of the gradient it is added to.
+    """
+
+    def __init__(self, run: _Run, u: Tensor, entered: list[State], grad_y: Tensor) -> None:
+        super().__init__()
+        self.of, self.u, self.entered, self.grad_y = run, u, entered, grad_y
+        wide = torch.promote_types(u.dtype, torch.float32)
+        self.rounding = torch.finfo(wide).eps
+        self.grad_u = torch.zeros_like(u)
+        self.learning = [w for w in run.cell.weights() if w.requires_grad]
+        self.grad_weights = [torch.zeros_like(w, dtype=wide) for w in self.learning]
+        self.used, self.left = torch.empty(0), torch.empty(0)
+
+    def run(self, arriving: Tensor) -> None:
+        flow = tuple(arriving)
+        self.scale = _largest(flow)
+        for number in reversed(range(len(self.of.pieces))):
+            piece = self.of.pieces[number]
+            flow = self._back(number, flow, piece.of(self.grad_y))
+            self.scale = max(self.scale, _largest(flow))
+        self.used, self.left = arriving, torch.stack(flow)
+
+    def rerun(self, arriving: Tensor) -> None:
+        flow = tuple(arriving - self.used)
+        self.used = arriving
+        least = self.rounding * max(self.scale, _largest(tuple(arriving)))
+        for number in reversed(range(len(self.of.pieces))):
+            if (largest := _largest(flow)) <= least:
+                self.residual = max(self.residual, largest / max(self.scale, 1e-30))
+                return
+            piece = self.of.pieces[number]
+            flow = self._back(number, flow, None)
+            self.rerun_tokens += piece.end - piece.begin
+        self.left = self.left + torch.stack(flow)
+
+    def _back(self, number: int, flow: State, grad_y: Tensor | None) -> State:
+        """Through a piece, which is run again for it; the flow on its left."""
+        piece = self.of.pieces[number]
+        with torch.enable_grad():
+            u = piece.of(self.u).detach().requires_grad_()
+            state = tuple(each.detach().requires_grad_() for each in self.entered[number])
+            y, last = self.of.cell.run(u, state)
+            results, grads = (last, flow) if grad_y is None else ((y, *last), (grad_y, *flow))
+            leaves = [u, *state, *self.learning]
+            found = torch.autograd.grad(results, leaves, grads, materialize_grads=True)
+        piece.of(self.grad_u).add_(found[0])
+        for total, grad in zip(self.grad_weights, found[1 + len(state) :], strict=True):
+            total.add_(grad)
+        return piece.clear(found[1 : 1 + len(state)])
+
+    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
+        least = self.rounding * max(scale, _largest(tuple(one)))
+        return bool((one - other).abs().max() <= least)
+
+    def given(self) -> Tensor:
+        return self.left
+
+
+class _Relay(torch.autograd.Function):
+    """States of pieces are kept, and nothing else: a piece is run again for its backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: RelayExchange, run: _Run, u: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        states = _States(run, u, exchange.tolerance)
+        given = exchange.settle(states, torch.stack(tensors[: run.states]), first=0)
+        ctx.exchange, ctx.run = exchange, run
+        kept = torch.stack([torch.stack(state) for state in states.entered])
+        ctx.save_for_backward(u, kept, *tensors[run.states :])
+        return torch.cat(states.outputs, dim=1), *given[-1]
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, grad_y: Tensor, *grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        run: _Run = ctx.run
+        exchange: RelayExchange = ctx.exchange
+        u, kept, *_ = ctx.saved_tensors  # the weights, to be told where one was changed meanwhile
+        flow = _Flow(run, u, [tuple(state) for state in kept], grad_y)
+        last = exchange.group.size - 1
+        given = exchange.settle(flow, torch.stack(grad_last), first=last)
+        found = iter(flow.grad_weights)
+        weights = run.cell.weights()
+        of_weights = [next(found).to(w.dtype) if w.requires_grad else None for w in weights]
+        return None, None, flow.grad_u, *given[0], *of_weights
+
+
+def _largest(state: State) -> float:
+    return float(torch.stack(state).abs().max())
+
+
+def _distance(state: State, other: State) -> float:
+    return float((torch.stack(state) - torch.stack(other)).abs().max())
