@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from models.bounds import Fault, bound_faults, bounded, not_negative, positive
+from models.bounds import Fault, bound_faults, bounded, not_negative, one_of, positive
 from models.mixers import MIXERS
 
 MOST_PARAMETERS = 2e12
@@ -29,6 +29,9 @@ class ModelConfig:
     normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
     # longest mean memory, in tokens, at initialisation; weights in bf16 have it to 6 %
     memory_tokens: float = bounded(1024.0, least=2, most=LONGEST_MEMORY)
+    # states of a channel; null: as published, 16 of mamba and 32 complex ones of s4d
+    state_size: int | None = positive(None, most=4096)
+    s4d_init: str = one_of("lin", "lin", "inv")  # of s4d's frequencies: S4D-Lin or S4D-Inv
     heads: int = positive(4)  # of attention and window, each width / heads wide
     # heads of keys and values, shared in groups; null: as many
     kv_heads: int | None = positive(None)

@@ -105,11 +105,30 @@ class Window(Softmax):
         return min(config.window, seq_len)
 
 
+@dataclass(frozen=True)
+class StateSpace(Recurrent):
+    """Several states a channel, behind a causal convolution."""
+
+    flops_per_state: float = 0.0  # of each channel and token
+    states: int = 16  # where the configuration does not say
+    conv_over: str = "width"  # the size of the model that the convolution has
+
+    def mixing_flops(self, config: ModelConfig, seq_len: int) -> float:
+        states = config.state_size or self.states
+        conv = 2 * config.conv_width * getattr(config, self.conv_over)
+        per_channel = self.mixing_flops_per_channel + self.flops_per_state * states
+        return per_channel * config.state_width + conv
+
+
+MAMBA_STATES, S4D_STATES = 16, 32  # as published; S4D's are complex and stand for twice as many
+
 MIXERS: dict[str, Entry] = {
     "mingru": Recurrent("models.mixers.mingru:MinGRUMixer", 12),
     "minlstm": Recurrent("models.mixers.minlstm:MinLSTMMixer", 20),
     "gru": Recurrent("models.mixers.gru:GRUMixer", 14),
     "lstm": Recurrent("models.mixers.lstm:LSTMMixer", 17),
+    "s4d": StateSpace("models.mixers.s4d:S4DMixer", 2, 12, S4D_STATES),
+    "mamba": StateSpace("models.mixers.mamba:MambaMixer", 8, 8, MAMBA_STATES, "state_width"),
     "attention": Softmax("models.mixers.attention:AttentionMixer"),
     "window": Window("models.mixers.window:WindowMixer"),
 }

@@ -4,9 +4,14 @@ Time is cut into about sqrt(T) chunks of about sqrt(T) steps. One loop over the 
 runs all chunks at once, so that T steps cost about sqrt(T) tensor operations. Gates and states are
 in fp64, whatever the inputs: any recurrence is then exact over long memories, which in fp32 would
 take forms of its own.
+
+Where the output is not the state, states are many times as large as all that is read and written.
+Such a scan goes tile by tile, keeps the states that enter the tiles, and makes the others again in
+its backward: none of them is ever whole in memory.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +23,8 @@ from models.scan.span import Decay, Span, span_dtype
 
 asks_autograd = False
 
+TILE_NUMBERS = 1 << 22  # of the states of a tile of steps, 32 MiB of fp64
+
 
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
     """Every recurrence, device and dtype."""
@@ -25,38 +32,40 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
-    """A span keeps its chunks' maps; a forward its states, where they are not y itself."""
-    span = problem.new_span()
+    """A span keeps its chunks' maps, or a forward the states that enter its tiles."""
+    span, state = problem.new_span(), problem.new_state()
+    if problem.recurrence.own_output:
+        entered = state.new_empty(state.shape[0], len(_tiles(problem)), *state.shape[1:])
+        return span, Scanned(problem.new_output(), state, (entered,))
     count = -(-problem.steps // math.isqrt(problem.steps))
     kept = tuple(x.new_empty(x.shape[0], count, *x.shape[1:]) for x in (span.decay, span.state))
-    state = problem.new_state()
-    states: tuple[Tensor, ...] = ()
-    if problem.recurrence.own_output:
-        states = (state.new_empty(state.shape[0], problem.steps, *state.shape[1:]),)
-    return replace(span, kept=kept), Scanned(problem.new_output(), state, states)
+    return replace(span, kept=kept), Scanned(problem.new_output(), state)
 
 
 def summarize(problem: Problem) -> Span:
     """The gates, and their maps composed."""
+    if problem.recurrence.own_output:
+        return _compose(_Maps.of(tile).summarize() for tile in _tiles(problem))
     return _Maps.of(problem).summarize()
 
 
 def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
     """The states entering all chunks, then the chunks."""
-    recurrence, dtype = problem.recurrence, problem.inputs[0].dtype
+    dtype = problem.inputs[0].dtype
+    if problem.recurrence.own_output:
+        return _forward_in_tiles(problem, h_in)
     maps = _Maps.of(problem)
     span = span or maps.summarize()
-    h = maps.states(span, h_in)
-    h_last = span.apply(h_in).to(h_in.dtype)
-    if recurrence.own_output:
-        y = recurrence.output(_wide(problem), h).to(dtype)
-        return Scanned(y, h_last, (h.to(h_in.dtype),))
-    return Scanned(h.to(dtype), h_last)
+    return Scanned(maps.states(span, h_in).to(dtype), span.apply(h_in).to(h_in.dtype))
 
 
 def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
     """With o_t the gradient of h_t from outside, q_t = o_t + G_{t+1} and G_t = a_t q_t: a linear
     recurrence run from right to left, G_t = a_t G_{t+1} + a_t o_t."""
+    if problem.recurrence.own_output:
+        pairs = zip(_tiles(problem), _tiles_of(problem, grad_y), strict=True)
+        spans = [_Maps.of_gradient(tile, grad)[0].summarize() for tile, grad in pairs]
+        return _compose(reversed(spans))
     return _Maps.of_gradient(problem, grad_y)[0].summarize()
 
 
@@ -64,13 +73,25 @@ def backward(
     problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
 ) -> tuple[Inputs, Tensor]:
     """The flow of the gradient, and what it leaves at every step."""
-    recurrence, inputs, h_in = problem.recurrence, _wide(problem), scanned.h_last
+    if problem.recurrence.own_output:
+        return _backward_in_tiles(problem, scanned, grads)
+    gradients, flow = _backward(problem, scanned.y, scanned.h_last, grads, span)
+    narrow = tuple(g.to(x.dtype) for g, x in zip(gradients, problem.inputs, strict=True))
+    return narrow, flow.to(grads[1].dtype)
+
+
+def _backward(
+    problem: Problem, h: Tensor, h_in: Tensor, grads: Grads, span: Span | None = None
+) -> tuple[Inputs, Tensor]:
+    """In fp64, from the states h [B, T, ...]."""
+    recurrence, inputs = problem.recurrence, _wide(problem)
     grad_y, grad_out = grads
     maps, grad_h = _Maps.of_gradient(problem, grad_y)
     span = span or maps.summarize()
     flow = maps.states(span, grad_out)
-    grad_b = torch.cat([flow[:, 1:], grad_out.unsqueeze(1)], dim=1).add_(grad_h)
-    h = (scanned.kept[0] if recurrence.own_output else scanned.y).to(maps.a.dtype)
+    leaving = grad_out.to(flow.dtype).unsqueeze(1)
+    grad_b = torch.cat([flow[:, 1:], leaving], dim=1).add_(grad_h)
+    h = h.to(maps.a.dtype)
     previous = torch.cat([h_in.to(h.dtype).unsqueeze(1), h[:, :-1]], dim=1)
     if maps.reset is not None:
         previous = previous.masked_fill(maps.reset, 0.0)
@@ -79,8 +100,64 @@ def backward(
     if recurrence.own_output:
         read = recurrence.output_gradients(inputs, h, grad_y.to(span_dtype(grad_y.dtype)))
         gradients = tuple(g if r is None else g + r for g, r in zip(gradients, read, strict=True))
-    narrow = tuple(g.to(x.dtype) for g, x in zip(gradients, problem.inputs, strict=True))
-    return narrow, span.apply(grad_out).to(grad_out.dtype)
+    return gradients, span.apply(grad_out)
+
+
+def _tiles(problem: Problem) -> list[Problem]:
+    """The steps cut so that the states of a tile fit a budget."""
+    length = max(1, TILE_NUMBERS // math.prod(problem.state_shape))
+    return [problem.part(begin, begin + length) for begin in range(0, problem.steps, length)]
+
+
+def _tiles_of(problem: Problem, x: Tensor) -> tuple[Tensor, ...]:
+    """x [B, T, ...] cut as the problem is."""
+    return x.split([tile.steps for tile in _tiles(problem)], dim=1)
+
+
+def _compose(spans: Iterable[Span]) -> Span:
+    """Spans in the order in which states pass them, as one."""
+    whole: Span | None = None
+    for span in spans:
+        if whole is not None:
+            earlier = span.kind.let_through(span.decay, whole.decay)
+            decay = span.kind.compose(span.decay, earlier)
+            span = Span(decay, span.apply(whole.state), kind=span.kind)
+        whole = Span(span.decay, span.state, kind=span.kind)
+    assert whole is not None
+    return whole
+
+
+def _forward_in_tiles(problem: Problem, h_in: Tensor) -> Scanned:
+    recurrence, dtype = problem.recurrence, problem.inputs[0].dtype
+    h, entered, outputs = h_in.to(span_dtype(h_in.dtype)), [], []
+    for tile in _tiles(problem):
+        entered.append(h.to(h_in.dtype))
+        maps = _Maps.of(tile)
+        states = maps.states(maps.summarize(), h)
+        outputs.append(recurrence.output(_wide(tile), states).to(dtype))
+        h = states[:, -1]
+    y = torch.cat(outputs, dim=1)
+    return Scanned(y, h.to(h_in.dtype), (torch.stack(entered, dim=1),))
+
+
+def _backward_in_tiles(problem: Problem, scanned: Scanned, grads: Grads) -> tuple[Inputs, Tensor]:
+    """From the last tile to the first, each from the state that entered it."""
+    count = len(problem.inputs) - problem.recurrence.weights
+    tiles, entered = _tiles(problem), scanned.kept[0]
+    of_y, flow = _tiles_of(problem, grads[0]), grads[1]
+    stepped, of_weights = [], [torch.zeros((), dtype=torch.float64)] * (len(problem.inputs) - count)
+    for number in reversed(range(len(tiles))):
+        maps, h_in = _Maps.of(tiles[number]), entered[:, number]
+        h = maps.states(maps.summarize(), h_in)
+        gradients, flow = _backward(tiles[number], h, h_in, (of_y[number], flow))
+        narrow = zip(gradients[:count], problem.inputs, strict=False)
+        stepped.append(tuple(g.to(x.dtype) for g, x in narrow))
+        of_weights = [
+            a + b.to(a.device) for a, b in zip(gradients[count:], of_weights, strict=True)
+        ]
+    joined = [torch.cat(parts, dim=1) for parts in zip(*reversed(stepped), strict=True)]
+    joined += [g.to(x.dtype) for g, x in zip(of_weights, problem.inputs[count:], strict=True)]
+    return tuple(joined), flow.to(grads[1].dtype)
 
 
 def _wide(problem: Problem) -> Inputs:

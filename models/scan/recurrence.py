@@ -12,6 +12,14 @@ from models.scan.span import ELEMENTWISE, Decay, Span, span_dtype
 Inputs = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class NativeStates:
+    """A C++ source on kernels/states.h, and which inputs [B, T, N] all channels read."""
+
+    source: Path
+    shared: tuple[int, ...] = ()
+
+
 class Recurrence:
     """h_t = a_t h_{t-1} + b_t from gates that see the inputs only, and an output read off it.
 
@@ -25,10 +33,12 @@ class Recurrence:
 
     name: str  # short and lower case: operators and messages know the recurrence by it
     tensors: int = 1  # inputs, where they are all [B, T, parts * H]
+    weights: int = 0  # how many of the inputs, the last ones, serve every step; of any dtype
     parts: int = 1  # values of a channel, side by side in the last dimension of each input
     kind: Decay = ELEMENTWISE
     own_output: bool = False  # whether y is another thing than the state
     native_gates: tuple[Path, str] | None = None  # a C++ header, and the type in it
+    native_states: "NativeStates | None" = None  # a loop in C++ for a state that is no row
     triton_gates: str | None = None  # module:name of a kernels.gates.TritonGates
 
     def __post_init__(self) -> None:
@@ -133,6 +143,13 @@ class Problem:
     inputs: Inputs
     reset: Tensor | None = None
 
+    def part(self, begin: int, end: int) -> "Problem":
+        """Its steps [begin, end)."""
+        count = len(self.inputs) - self.recurrence.weights
+        stepped = tuple(x[:, begin:end] for x in self.inputs[:count])
+        reset = None if self.reset is None else self.reset[:, begin:end]
+        return Problem(self.recurrence, (*stepped, *self.inputs[count:]), reset)
+
     @property
     def batch(self) -> int:
         return self.inputs[0].shape[0]
@@ -186,7 +203,8 @@ class Problem:
     def _fault(self, h0: Tensor | None) -> str | None:
         name, inputs, reset = self.recurrence.name, self.inputs, self.reset
         first = inputs[0]
-        if first.dim() < 2 or any(x.dtype != first.dtype for x in inputs):
+        stepped = inputs[: len(inputs) - self.recurrence.weights]
+        if first.dim() < 2 or any(x.dtype != first.dtype for x in stepped):
             return f"{name} scan inputs must be [B, T, ...] alike, got {_shown(inputs)}"
         if not (first.is_floating_point() or first.is_complex()):
             return f"{name} scan inputs must be float, got {first.dtype}"

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
-from models.scan import RECURRENCES, Inputs, Recurrence, scan
+from models import scan as shipped
+from models.scan import Inputs, Recurrence, scan
 
-__all__ = ["ON_CPU", "RECURRENCES", "TRITON", "make_inputs", "make_reset", "outputs_and_gradients"]
+# Those whose states are rows [B, H] and are the output; and the others.
+RECURRENCES = {name: r for name, r in shipped.RECURRENCES.items() if not r.own_output}
+STATES = {name: r for name, r in shipped.RECURRENCES.items() if r.own_output}
 
 # What runs where: kernels take the recurrences that have gates for them.
 NATIVE = [name for name, recurrence in RECURRENCES.items() if recurrence.native_gates]
@@ -35,6 +38,28 @@ def make_inputs(
     inputs = [noise(recurrence.parts) for _ in range(recurrence.tensors)]
     inputs[0][..., :width] += shift  # minLSTM's forget gate; what else is first in others
     return tuple(leaf(x) for x in inputs)
+
+
+def state_inputs(
+    recurrence: Recurrence, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> Inputs:
+    """Random leaves of a recurrence of STATES for (B, T, D, N); weights in fp32 or fp64."""
+    batch, steps, width, states = sizes
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    x = noise(batch, steps, width).to(dtype)
+    if recurrence.name == "s4d":
+        rate = torch.complex(-0.1 * torch.rand(width, states).double(), noise(width, states))
+        weight = torch.complex(noise(width, states), noise(width, states))
+        made = x, *(w.to(torch.promote_types(wide, torch.complex64)) for w in (rate, weight))
+    else:
+        stepped = [noise(batch, steps, n).to(dtype) for n in (width, states, states)]
+        weights = -4 * torch.rand(width, states).double(), noise(width) - 3
+        made = x, *stepped, *(w.to(wide) for w in weights)
+    return tuple(each.requires_grad_() for each in made)
 
 
 def make_reset(batch: int, steps: int, where: str) -> Tensor | None:

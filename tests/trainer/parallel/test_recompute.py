@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from models.scan import RECURRENCES, scan
+from models.scan import scan
 from tests.distributed import run_distributed
-from tests.models.scan.cases import make_inputs
+from tests.models.scan.cases import RECURRENCES, make_inputs
 from tests.trainer.runs import figures, train_here
 from trainer.parallel.carry import CarryExchange
 from trainer.parallel.recompute import KEPT, recompute_blocks
@@ -69,7 +69,7 @@ def _check(mixer: str) -> None:
         assert once[operator] == twice[operator], operator
 
 
-@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "window", "gru", "lstm"])
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "window", "gru", "lstm", "s4d", "mamba"])
 def test_exchanges_run_once(mixer):
     run_distributed(_check, 2, mixer)
 
