@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 from data_prep.mixture import Mixture
@@ -54,10 +55,13 @@ def value_faults(config: Config) -> Iterator[Fault]:
         )
     if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
         yield from _sharding_faults(config)
+        if config.evaluate.seq_len is not None:
+            yield from _of_evaluation(_length_faults(config.held_out), config)
 
 
-def _sharding_faults(config: Config) -> Iterator[Fault]:
-    train, sp, workers = config.train, config.parallel.sp, config.launch.workers
+def _length_faults(config: Config) -> Iterator[Fault]:
+    """Where sequences do not fit the ranks that share one."""
+    train, sp = config.train, config.parallel.sp
     model = None if config.model.faults() else config.model
     if train.seq_len % sp:
         nearest = train.seq_len // sp * sp or sp
@@ -72,6 +76,12 @@ def _sharding_faults(config: Config) -> Iterator[Fault]:
             f"{model.halo_width} before it that a convolution or window sees: lengthen it or "
             f"lower parallel.sp",
         )
+
+
+def _sharding_faults(config: Config) -> Iterator[Fault]:
+    train, sp, workers = config.train, config.parallel.sp, config.launch.workers
+    model = None if config.model.faults() else config.model
+    yield from _length_faults(config)
     if model:
         for name, message in model.sp_faults(sp):
             yield f"model.{name}", message
@@ -94,36 +104,79 @@ def _sharding_faults(config: Config) -> Iterator[Fault]:
 
 def data_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong) with the data that the run asks for."""
-    data = config.data
+    apart = _evaluated_apart(config)
+    splits = SPLITS[:1] if apart else SPLITS
+    infos, faults = _folder_faults(config, splits)
+    yield from faults
+    if not apart:
+        return
+    others, faults = _folder_faults(config.held_out, SPLITS[1:])
+    yield from _of_evaluation(faults, config)
+    for (path, info), (other, evaluated) in product([*infos.items()][:1], others.items()):
+        if path != other:
+            yield from (
+                ("evaluate.path", fault)
+                for fault in _tokenizer_faults([path, other], [info, evaluated])
+            )
+
+
+def _evaluated_apart(config: Config) -> bool:
+    """Whether held-out data or their length are others than in training."""
+    return config.evaluate.path is not None or config.evaluate.seq_len is not None
+
+
+def _of_evaluation(faults: Iterable[Fault], config: Config) -> Iterator[Fault]:
+    """The faults of `config.held_out` by the keys that say what it is."""
+    keys = {}
+    if config.evaluate.seq_len is not None:
+        keys["train.seq_len"] = "evaluate.seq_len"
+    if config.evaluate.path is not None:
+        keys["data.path"] = "evaluate.path"
+    for key, message in faults:
+        yield keys.get(key, key), message
+
+
+def _folder_faults(
+    config: Config, splits: Sequence[str]
+) -> tuple[dict[str, DatasetInfo], list[Fault]]:
+    """What is known of the folders of `data.path`, and what is wrong with these splits of them."""
+    data, faults = config.data, list[Fault]()
     try:
         Mixture.of(data.sources)
     except ValueError as error:
-        yield "data.path", str(error)
+        faults.append(("data.path", str(error)))
     if data.cache and "://" in data.cache:
-        yield "data.cache", f"{data.cache} is an address: name a folder of this machine"
+        faults.append(("data.cache", f"{data.cache} is an address: name a folder of this machine"))
     known: dict[str, DatasetInfo] = {}
     for path in data.sources:
         if "://" in path:
             if fault := address_fault(path):
-                yield "data.path", fault
+                faults.append(("data.path", fault))
             if not data.cache:
-                yield "data.cache", "a URL in data.path needs a local folder here for its files"
+                message = "a URL in data.path needs a local folder here for its files"
+                faults.append(("data.cache", message))
             continue  # the workers read it; nothing is known on this machine
         try:
             info = known[path] = load_info(path)
         except ValueError as error:
-            yield "data.path", str(error)
+            faults.append(("data.path", str(error)))
             continue
-        for split in SPLITS:
-            for fault in file_faults(path, split, info):
-                yield "data.path", fault
-        yield from info_faults(config, path, info)
-    for fault in mixing_faults(list(known), list(known.values())):
-        yield "data.path", fault
+        wrong = [fault for split in splits for fault in file_faults(path, split, info)]
+        faults += [("data.path", fault) for fault in wrong]
+        faults += info_faults(config, path, info, splits)
+    mixed = mixing_faults(list(known), list(known.values()))
+    return known, [*faults, *(("data.path", fault) for fault in mixed)]
 
 
 def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
     """What keeps datasets from being trained on together."""
+    yield from _tokenizer_faults(paths, infos)
+    for path, info in zip(paths, infos, strict=True):
+        if info.synthetic and len(paths) > 1:
+            yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
+
+
+def _tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
     for path, info in zip(paths[1:], infos[1:], strict=True):
         for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "end_of_document"):
             ours, first = getattr(info, name), getattr(infos[0], name)
@@ -133,9 +186,6 @@ def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
                     f"{first!r}): prepare both with the same"
                 )
                 break
-    for path, info in zip(paths, infos, strict=True):
-        if info.synthetic and len(paths) > 1:
-            yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
 
 
 def data_fingerprint(config: Config) -> str | None:
@@ -155,8 +205,10 @@ def data_vocabulary(config: Config) -> int | None:
         return None
 
 
-def info_faults(config: Config, path: str, info: DatasetInfo) -> Iterator[Fault]:
-    """(key, what is wrong) where the run does not fit the data; workers ask it for a URL's."""
+def info_faults(
+    config: Config, path: str, info: DatasetInfo, splits: Sequence[str]
+) -> Iterator[Fault]:
+    """(key, what is wrong) where the run does not fit these splits; workers ask it for a URL's."""
     if info.vocab_size > config.model.vocab_size:
         yield (
             "model.vocab_size",
@@ -172,13 +224,14 @@ def info_faults(config: Config, path: str, info: DatasetInfo) -> Iterator[Fault]
         yield "data.shift", f"every sequence of {path} is a document of its own: leave it off"
     needed = config.train.seq_len + 1
     training = needed + (config.train.seq_len - 1 if config.data.shift else 0)
-    if info.splits["train"].tokens < training:
+    if "train" in splits and info.splits["train"].tokens < training:
         yield (
             "train.seq_len",
             f"{config.train.seq_len} needs {training} tokens, {path} has "
             f"{info.splits['train'].tokens}: shorten it or prepare more text",
         )
-    if config.evaluate.sequences and info.splits["held_out"].tokens < needed:
+    counted = "held_out" in splits and config.evaluate.sequences
+    if counted and info.splits["held_out"].tokens < needed:
         yield (
             "evaluate.sequences",
             f"the held-out split of {path} has {info.splits['held_out'].tokens} tokens, one "

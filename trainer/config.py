@@ -4,7 +4,7 @@ Defaults <- YAML file <- key=value. Every fault is found in one pass and reporte
 file, the line and the nearest known key.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,10 @@ class GuardConfig:
 class EvaluateConfig:
     every: int = not_negative(0)  # steps between evaluations; 0 evaluates after the last step only
     sequences: int = not_negative(16)  # of the held-out split, at most; 0 turns evaluation off
+    # the folder whose held-out split it is, and tokens of its sequences; null: data.path, and as
+    # long as in training
+    path: str | None = file_path(None)
+    seq_len: int | None = positive(None)
 
 
 @dataclass
@@ -167,6 +171,15 @@ class Config:
         """Which tokens of a sequence a rank of its SP group holds."""
         segments = max(1, self.train.seq_len // (self.train.segment_len or self.train.seq_len))
         return Layout(self.train.seq_len, self.parallel.sp, sp_rank, segments)
+
+    @property
+    def held_out(self) -> "Config":
+        """The same run, with the data and the length at which it is evaluated."""
+        data, evaluated = self.data, self.evaluate
+        if evaluated.path is not None:
+            data = replace(data, path=evaluated.path)
+        seq_len = evaluated.seq_len or self.train.seq_len
+        return replace(self, data=data, train=replace(self.train, seq_len=seq_len))
 
     @property
     def accumulation(self) -> int:

@@ -103,7 +103,9 @@ def open_split(config: Config, split: str) -> TokenStream:
     """A split of the data, checked here too: the submitting machine may not have seen it."""
     stream = TokenStream(config.data, split)
     found = zip(stream.names, stream.sources, strict=True)
-    faults = [fault for name, source in found for fault in info_faults(config, name, source.info)]
+    faults = [
+        fault for name, source in found for fault in info_faults(config, name, source.info, [split])
+    ]
     if faults:
         raise ValueError("\n".join(f"{key}: {message}" for key, message in faults))
     return stream

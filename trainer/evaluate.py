@@ -29,6 +29,8 @@ class Evaluation:
     text_bytes: int  # behind these tokens
     # (first position, one past the last, mean loss) in powers of two: does more context help?
     by_position: list[tuple[int, int, float]] = field(default_factory=list)
+    # (first position, one past the last, share of tokens that were the likeliest)
+    accuracy_by_position: list[tuple[int, int, float]] = field(default_factory=list)
     # (distance in tokens, mean loss, accuracy) where the data has distances (data_prep.synthetic)
     by_distance: list[tuple[int, float, float]] = field(default_factory=list)
     # (source, tokens, mean loss, bits per byte) where the data has several
@@ -87,7 +89,8 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
         sequences=len(sequences),
         tokens=int(tokens),
         text_bytes=int(text_bytes),
-        by_position=_by_position(totals.sum(1), edges),
+        by_position=_by_position(totals.sum(1), edges, what=0),
+        accuracy_by_position=_by_position(totals.sum(1), edges, what=1),
         by_distance=_by_distance(totals.sum(1), distances),
         by_source=_by_source(totals.sum((2, 3)), sources) if len(sources) > 1 else [],
     )
@@ -102,9 +105,10 @@ def _by_source(totals: Tensor, sources: list[str]) -> list[tuple[str, int, float
     ]
 
 
-def _by_position(totals: Tensor, edges: list[int]) -> list[tuple[int, int, float]]:
+def _by_position(totals: Tensor, edges: list[int], what: int) -> list[tuple[int, int, float]]:
+    """The mean of a row of the totals."""
     rows = zip(edges[:-1], edges[1:], totals.sum(1).T.tolist(), strict=True)
-    return [(start, stop, loss / n) for start, stop, (loss, _, n, _) in rows if n]
+    return [(start, stop, row[what] / row[2]) for start, stop, row in rows if row[2]]
 
 
 def _by_distance(totals: Tensor, distances: list[int]) -> list[tuple[int, float, float]]:

@@ -83,6 +83,19 @@ def value_in(text: str, kind: Any) -> Any:
     return value_of(yaml.ScalarNode("tag:yaml.org,2002:str", text), kind)
 
 
+def fits(value: Any, kind: Any) -> bool:
+    """Whether it is a value of that type."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(fits(each, parts[0]) for each in value)
+    if origin is dict:
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(fits(name, parts[0]) and fits(each, parts[1]) for name, each in items)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def _check_size(node: yaml.Node) -> None:
     """An alias stands for all that it names, each time: ten of ten of ten are a thousand."""
     left, count = [(node, 0)], 0

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import at_home
 from models.bounds import bounded
-from trainer.literal import NULLS, shown, value_in, value_of
+from trainer.literal import NULLS, fits, shown, value_in, value_of
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20
@@ -76,11 +76,23 @@ def merge(root: type[T], path: Path, overrides: list[str]) -> tuple[T, dict[str,
         reason = str(error).splitlines()[0] if str(error) else "an interpolation of itself"
         raise ConfigError(str(path), [*faults, reason]) from None
     assert isinstance(config, root)
+    if misfits := list(_misfits(config)):  # nothing that follows could read them
+        raise ConfigError(str(path), [*faults, *misfits])
     try:
         _expand_home(config)
     except ValueError as error:
         faults.append(str(error))
     return config, places, faults
+
+
+def _misfits(section: Any, prefix: str = "") -> Iterator[str]:
+    """Values of another type than their field's, which only an interpolation can bring there."""
+    for item in fields(section):
+        value, name = getattr(section, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value):
+            yield from _misfits(value, f"{name}.")
+        elif (kind := item.metadata.get("kind")) and not fits(value, kind):
+            yield f"{name}: {str(value)[:60]!r} is not of type {shown(kind)}"
 
 
 def _expand_home(section: Any) -> None:

@@ -87,8 +87,10 @@ class _Run:
         config = worker.config
         self.worker, self.config, self.topology = worker, config, worker.topology
         self.folder = RunFolder(config.run.dir)
-        self.reader = _reader(worker, "train")
-        self.held_out = _reader(worker, "held_out") if config.evaluate.sequences else None
+        self.reader = _reader(worker, config, "train")
+        self.held_out: SequenceReader | None = None
+        if config.evaluate.sequences:
+            self.held_out = _reader(worker, config.held_out, "held_out")
         data = self.reader.stream
         self.changed = open_folder(worker, data)
         saved, mirror = find_checkpoint(worker, submission, data)
@@ -306,9 +308,9 @@ class _Run:
         return losses, int(memories.max()), Stop(int(asked.max()))
 
 
-def _reader(worker: Worker, split: str) -> SequenceReader:
+def _reader(worker: Worker, config: Config, split: str) -> SequenceReader:
     """This rank's shards of a split; what is wrong with the data is told by all workers."""
-    config = worker.config
     stream = worker.topology.together(partial(open_split, config, split))
     shift = split == "train" and config.data.shift
-    return SequenceReader(stream, worker.layout, config.data.reset_state, shift)
+    layout = config.layout(worker.topology.sp_rank)
+    return SequenceReader(stream, layout, config.data.reset_state, shift)

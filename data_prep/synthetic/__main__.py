@@ -1,9 +1,16 @@
-"""Recall made to measure: python -m data_prep.synthetic copy|needle --out DIR [--length N ...].
+"""Tasks made to measure: python -m data_prep.synthetic TASK --out DIR [--length N ...].
 
-copy    selective copying: `tokens` data tokens lie anywhere among blanks; after a marker the model
-        must write them again, in order, reading only the marker, again and again.
-needle  a marked value of `tokens` tokens among random ones; at the end a marker asks for it. The
-        distance from value to answer is one of `distances`, in turn.
+copy        selective copying: `tokens` data tokens lie anywhere among blanks; after a marker the
+            model must write them again, in order, reading only the marker, again and again
+needle      a marked value of `tokens` tokens among random ones; at the end a marker asks for it; it
+            lies as far back as one of `distances` says, in turn
+mqar        `tokens` pairs of key and value; later every key once more, and its value is asked for
+variables   three chains of `tokens` assignments; the value of the last name of one is asked for
+parity      of ones so far, asked after every one of length / 2 symbols
+s5          the product so far of permutations of five things, asked after every one
+cycle, even-pairs, majority
+            regular languages and counting, asked at the end of problems of one of `distances`
+            symbols, in turn: 3..40 are all from 3 to 40
 """
 
 import argparse
@@ -30,11 +37,13 @@ def main(argv: list[str]) -> int:
     ):
         default = getattr(SyntheticSettings, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    parser.add_argument("--distances", default="", help="of the needle, comma-separated")
+    parser.add_argument("--distances", default="", help="comma-separated; 3..40: all of them")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     try:
-        args["distances"] = tuple(int(d) for d in args["distances"].split(",") if d)
+        args["distances"] = tuple(
+            distance for part in args["distances"].split(",") if part for distance in _range(part)
+        )
         info = prepare_synthetic(SyntheticSettings(**args), out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,6 +54,12 @@ def main(argv: list[str]) -> int:
         f"tokens of which {info.synthetic.scored_tokens} count"
     )
     return 0
+
+
+def _range(part: str) -> range:
+    """One number, or all from one to another."""
+    first, _, last = part.partition("..")
+    return range(int(first), int(last or first) + 1)
 
 
 if __name__ == "__main__":

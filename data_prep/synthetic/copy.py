@@ -9,26 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from data_prep.synthetic.kinds import Recall, Rows
 
 if TYPE_CHECKING:
     from data_prep.synthetic import SyntheticSettings
 
-HIDDEN = True  # answers are read as the marker
 
+class Copy(Recall):
+    def surround(self, settings: SyntheticSettings) -> int:
+        return 1  # the blank
 
-def surround(settings: SyntheticSettings) -> int:
-    """Different tokens around the data: the blank."""
-    return 1
-
-
-def fault(settings: SyntheticSettings) -> str | None:
-    return None
-
-
-def places(
-    settings: SyntheticSettings, count: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    """Where the data tokens of every sequence lie, [count, tokens]."""
-    shuffled = generator.random((count, settings.length - settings.tokens - 1))
-    return np.sort(shuffled.argpartition(settings.tokens, axis=1)[:, : settings.tokens], axis=1)
+    def places(
+        self, settings: SyntheticSettings, count: int, generator: np.random.Generator
+    ) -> Rows:
+        shuffled = generator.random((count, settings.length - settings.tokens - 1))
+        return np.sort(shuffled.argpartition(settings.tokens, axis=1)[:, : settings.tokens], axis=1)

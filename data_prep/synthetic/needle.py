@@ -8,33 +8,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from data_prep.synthetic.kinds import Recall, Rows
 
 if TYPE_CHECKING:
     from data_prep.synthetic import SyntheticSettings
 
-HIDDEN = False
 
+class Needle(Recall):
+    hidden = False
 
-def surround(settings: SyntheticSettings) -> int:
-    """Different tokens around the value: as many as its own."""
-    return settings.alphabet
+    def surround(self, settings: SyntheticSettings) -> int:
+        return settings.alphabet  # as many as the value's own
 
+    def fault(self, settings: SyntheticSettings) -> str | None:
+        least, most = settings.tokens + 1, settings.length - settings.tokens - 1
+        wrong = [d for d in settings.distances if not least <= d <= most]
+        if not wrong and settings.distances:
+            return None
+        return (
+            f"--distances {','.join(map(str, wrong)) or 'is empty'}: a needle of "
+            f"{settings.tokens} tokens in {settings.length} can be {least} to {most} away"
+        )
 
-def fault(settings: SyntheticSettings) -> str | None:
-    least, most = settings.tokens + 1, settings.length - settings.tokens - 1
-    wrong = [d for d in settings.distances if not least <= d <= most]
-    if not wrong and settings.distances:
-        return None
-    return (
-        f"--distances {','.join(map(str, wrong)) or 'is empty'}: a needle of "
-        f"{settings.tokens} tokens in {settings.length} can be {least} to {most} away"
-    )
-
-
-def places(
-    settings: SyntheticSettings, count: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    """Where the value of every sequence lies, [count, tokens]; a marker goes before it."""
-    distance = np.resize(settings.distances, count)[:, None]
-    return settings.length - settings.tokens - distance + np.arange(settings.tokens)
+    def places(
+        self, settings: SyntheticSettings, count: int, generator: np.random.Generator
+    ) -> Rows:
+        """A marker goes before the value."""
+        distance = np.resize(settings.distances, count)[:, None]
+        return settings.length - settings.tokens - distance + np.arange(settings.tokens)

@@ -61,6 +61,7 @@ def library_bytes(count: int) -> Tensor:
 def train(name: str, steps: int, memory: float) -> tuple[nn.Embedding, GRU | LSTM, float]:
     """A byte model, its memories spread to `memory` tokens at first; and its last loss, nats."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a step's products are too small to be shared
     embed, layer, head = nn.Embedding(256, WIDTH), LAYERS[name](WIDTH, WIDTH), nn.Linear(WIDTH, 256)
     spread = 2 * (memory / 2) ** ((torch.arange(WIDTH) + 0.5) / WIDTH)
     with torch.no_grad():
@@ -80,7 +81,7 @@ def train(name: str, steps: int, memory: float) -> tuple[nn.Embedding, GRU | LST
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    return embed, layer, float(loss)
+    return embed, layer, loss.item()
 
 
 def _run(exchange: RelayExchange, layer: GRU | LSTM, u: Tensor, grad: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import pytest
 from data_prep.schema import load_info
 from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from data_prep.synthetic.__main__ import main
+from data_prep.synthetic.s5 import ELEMENTS
 from data_prep.verify import verify
 from tests.trainer.runs import figures, plain_training, run
 from trainer.config import ConfigError, DataConfig, load_config
@@ -68,7 +69,13 @@ def test_same_settings_are_found_again_and_others_refused(tmp_path):
         (["copy", "--length", "20"], "use at least 34"),
         (["needle", "--length", "64", "--distances", "5,100"], "--distances 5,100"),
         (["needle", "--length", "64"], "--distances is empty"),
-        (["copy", "--alphabet", "90"], "above 84"),
+        (["copy", "--alphabet", "130"], "must fit a byte"),
+        (["variables", "--alphabet", "80"], "must fit a byte"),
+        (["variables", "--tokens", "6", "--alphabet", "9"], "need 18 names"),
+        (["mqar", "--tokens", "20", "--alphabet", "16"], "as many keys: use --alphabet 20"),
+        (["mqar", "--length", "60"], "use at least 64"),
+        (["cycle", "--length", "40", "--distances", "3..39"], "--distances 39"),
+        (["cycle"], "--distances is empty"),
         (["copy", "--train", "0"], "must be positive"),
     ],
 )
@@ -115,3 +122,78 @@ def test_training_counts_answers_only_on_any_shard(config_file, tmp_path):
         load_config(config_file, [*options, "train.seq_len=32"])
     with pytest.raises(ConfigError, match=r"data\.shift: every sequence of .* leave it off"):
         load_config(config_file, [*options, "data.shift=true"])
+
+
+def test_every_key_is_asked_for_once_after_the_pairs(tmp_path):
+    settings = SyntheticSettings("mqar", length=40, tokens=4, alphabet=6, train=30, held_out=4)
+    for row in _rows(settings, tmp_path / "mqar"):
+        pairs = dict(zip(row[0:8:2], row[1:8:2], strict=True))
+        assert len(pairs) == 4
+        (asked,) = np.nonzero(row[8:])
+        queries = row[8:][asked[::2]], row[8:][asked[1::2]]
+        assert sorted(queries[0]) == sorted(pairs)
+        for key, answer in zip(*queries, strict=True):
+            assert answer - 13 == pairs[key] - 7  # 1 blank, 6 keys, 6 values
+
+
+def test_a_chain_leads_to_the_value(tmp_path):
+    settings = SyntheticSettings("variables", length=60, tokens=3, alphabet=9, train=30, held_out=4)
+    for row in _rows(settings, tmp_path / "variables"):
+        (signs,) = np.nonzero(row == 27)
+        assert len(signs) == 9
+        known = {}
+        for sign in signs:  # every name is set after what it is set to
+            target, source = row[sign + 1], row[sign + 2]
+            known[target] = known.get(source, source)
+            assert known[target] >= 18
+        name, ask, answer = row[-3:]
+        assert ask == 28
+        assert answer - 29 == known[name] - 18
+
+
+def _problem(row: np.ndarray, words: int) -> tuple[np.ndarray, int]:
+    """Symbols from 0 on, and the answer."""
+    assert row[-2] == words - 1
+    return row[:-2][row[:-2] > 0] - 1, int(row[-1]) - words
+
+
+@pytest.mark.parametrize("task", ["cycle", "even-pairs", "majority"])
+def test_problems_have_the_lengths_and_answers_they_should(tmp_path, task):
+    settings = SyntheticSettings(
+        task, length=30, alphabet=4, distances=(3, 9, 28), train=60, held_out=4
+    )
+    words = {"cycle": 5, "even-pairs": 4, "majority": 6}[task]
+    answers = set()
+    for index, row in enumerate(_rows(settings, tmp_path / "problem")):
+        symbols, answer = _problem(row, words)
+        assert len(symbols) == (3, 9, 28)[index % 3]
+        place = 0
+        for symbol in symbols:
+            place += {0: 0, 1: 1, 2: -1}.get(int(symbol), 0)
+        changes = np.count_nonzero(np.diff(symbols))
+        often = [int((symbols == n).sum()) for n in range(4)]
+        want = {"cycle": place % 5, "even-pairs": changes % 2, "majority": np.argmax(often)}[task]
+        assert answer == want
+        answers.add(answer)
+    assert len(answers) == {"cycle": 5, "even-pairs": 2, "majority": 4}[task]
+
+
+def test_states_are_asked_for_at_every_step(tmp_path):
+    rows = _rows(SyntheticSettings("parity", length=20, train=9, held_out=4), tmp_path / "parity")
+    for row in rows:
+        ones, state = row[0::2] - 1, 0
+        for one, answer in zip(ones, row[1::2], strict=True):
+            state ^= int(one)
+            assert answer - 4 == state
+    rows = _rows(SyntheticSettings("s5", length=20, train=9, held_out=4), tmp_path / "s5")
+    for row in rows:
+        things = list(range(5))
+        for symbol, answer in zip(row[0::2] - 1, row[1::2] - 122, strict=True):
+            things = [ELEMENTS[symbol][place] for place in things]  # each goes where it is sent
+            assert things == ELEMENTS[answer].tolist()
+
+
+def test_ranges_of_lengths(tmp_path):
+    arguments = ["cycle", "--length", "20", "--distances", "3..5,9", "--train", "8"]
+    assert main([*arguments, "--out", str(tmp_path / "set")]) == 0
+    assert load_info(tmp_path / "set").synthetic.distances == [3, 4, 5, 9]

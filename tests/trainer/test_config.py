@@ -36,7 +36,9 @@ def test_all_faults_together_with_file_line_and_nearest_key(tmp_path, monkeypatc
     path = tmp_path / "bad.yaml"
     path.write_text(FAULTY.format(run=path / "below-a-file"))
     with pytest.raises(ConfigError) as caught:
-        load_config(path, ["model.with=3", "train.dtype=fp16", "oops", "model.mixer=[mingru, gru]"])
+        load_config(
+            path, ["model.with=3", "train.dtype=fp16", "oops", "model.mixer=[mingru, rwkv]"]
+        )
     text = str(caught.value)
     for expected in (
         f"{path}:4: train.seq_lenn: unknown key; the nearest known one is train.seq_len",
@@ -49,7 +51,7 @@ def test_all_faults_together_with_file_line_and_nearest_key(tmp_path, monkeypatc
         "command line: model.with: unknown key; the nearest known one is model.width",
         "command line: train.dtype: 'fp16' is not fp32 or bf16",
         "command line: oops: an override is written key=value",
-        "command line: model.mixer: 'gru' is not one of mingru, minlstm",
+        "command line: model.mixer: 'rwkv' is not one of mingru, minlstm",
     ):
         assert expected in text
     assert len(caught.value.faults) == 11
@@ -304,6 +306,11 @@ def test_what_is_accepted_starts(config_file, tmp_path, fuzz_counts):
             "else": 0,
         }
     )
+
+
+def test_an_interpolation_cannot_bring_another_type(config_file):
+    with pytest.raises(ConfigError, match=r"data\.path: '0' is not of type text or"):
+        load_config(config_file, ["data.path=${run.seed}", "run.seed=0"])
 
 
 def test_aliases_do_not_multiply_without_end(tmp_path):

@@ -1,0 +1,38 @@
+"""S5: the product so far of permutations of five things, asked at every step.
+
+The state tracking that no diagonal or attending model of constant depth can do at any length
+(Merrill et al. 2024, arXiv:2404.08819), and an RNN with a dense state can.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.synthetic.kinds import AtEveryStep, Rows
+
+if TYPE_CHECKING:
+    from data_prep.synthetic import SyntheticSettings
+
+ELEMENTS = np.array(list(permutations(range(5))))  # [120, 5]
+_NUMBER = {tuple(element): number for number, element in enumerate(ELEMENTS.tolist())}
+# PRODUCTS[a, b]: first a, then b
+PRODUCTS = np.array([[_NUMBER[tuple(b[a].tolist())] for b in ELEMENTS] for a in ELEMENTS])
+
+
+class S5(AtEveryStep):
+    def symbols(self, settings: SyntheticSettings) -> int:
+        return len(ELEMENTS)
+
+    def answers(self, settings: SyntheticSettings) -> int:
+        return len(ELEMENTS)
+
+    def solve(self, settings: SyntheticSettings, drawn: Rows) -> Rows:
+        states = np.empty_like(drawn)
+        state = np.zeros(len(drawn), np.int64)
+        for step in range(drawn.shape[1]):
+            state = PRODUCTS[state, drawn[:, step]]
+            states[:, step] = state
+        return states
