@@ -32,6 +32,8 @@ class ModelConfig:
     # states of a channel; null: as published, 16 of mamba and 32 complex ones of s4d
     state_size: int | None = positive(None, most=4096)
     s4d_init: str = one_of("lin", "lin", "inv")  # of s4d's frequencies: S4D-Lin or S4D-Inv
+    # taps of such a convolution before queries, keys and values of attention and window; 0: none
+    attention_conv: int = not_negative(0)
     heads: int = positive(4)  # of attention and window, each width / heads wide
     # heads of keys and values, shared in groups; null: as many
     kv_heads: int | None = positive(None)
@@ -116,5 +118,6 @@ class ModelConfig:
         if fault := self._too_large():
             largest = max(("layers", "width", "vocab_size"), key=lambda name: getattr(self, name))
             yield largest, fault
-        if self.conv_width == 1:
-            yield "conv_width", "1 is not 0 (off) or at least 2"
+        for name in ("conv_width", "attention_conv"):
+            if getattr(self, name) == 1:
+                yield name, "1 is not 0 (off) or at least 2"

@@ -1,5 +1,6 @@
 """What a run costs: training steps on all workers, or reading and continuing a text on one."""
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ class TrainingCost:
     peak_memory_bytes: int
     idle_memory_bytes: int
     peak_flops: float | None  # of the device, where it is known
+    limit_flops: float  # per second, what large matrix products reach while all workers make them
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,25 @@ def measure_training(config: Config, steps: int, seconds: float) -> TrainingCost
         peak_memory_bytes=peak_memory_bytes(device) - idle,
         idle_memory_bytes=idle,
         peak_flops=peak_flops(device),
+        limit_flops=_limit_flops(worker),
     )
+
+
+@torch.inference_mode()
+def _limit_flops(worker: Worker) -> float:
+    """FLOP/s of products of large matrices on this worker, while all others make them too."""
+    device, bf16 = worker.device, worker.config.train.dtype == "bf16"
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    rates = []
+    for _ in range(5):
+        worker.topology.gather(torch.zeros(1, device=device))  # all begin
+        start = time.perf_counter()
+        for _ in range(8):
+            a @ a
+        _synchronize(device)
+        rates.append(8 * 2 * size**3 / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 @torch.inference_mode()

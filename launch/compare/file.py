@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ class CompareConfig:
     lengths: list[int] = positive([1024, 4096, 16384])
     # of every model; None: as many as the first mixer's at model.*
     parameters: int | None = positive(None)
-    match: str = one_of("width", "width", "layers")  # what is solved for that: width, or layers
+    # what is solved for that; none: nothing, models are as model.* says
+    match: str = one_of("width", "width", "layers", "none")
     # train.batch_size follows: so many tokens, or one sequence
     tokens_per_step: int = positive(32768)
     # train.micro_batch_size follows: one sequence at least
@@ -44,9 +44,16 @@ class CompareConfig:
     tasks: dict[str, list[str]] = field(default_factory=dict)
     # A task is trained at each of these rates, and a mixer's best counts; empty: as the run's own.
     learning_rates: list[float] = positive([])
-    seeds: list[int] = not_negative([])  # and from each of these; empty: run.seed
+    # so many rates more, one after another, while a mixer's best lies at an edge of those tried
+    more_rates: int = not_negative(0, most=20)
+    seeds: list[int] = not_negative([])  # the others at the best rate alone; empty: run.seed
+    # slower mixers are trained once more, in as many steps as take the fastest one's time
+    equal_time: bool = False
+    baselines: list[str] = field(default_factory=lambda: ["attention"])  # the others' figures over
     # To stand beside ours: task -> mixer or another's name -> held-out loss, nats per token.
     published: dict[str, dict[str, float]] = field(default_factory=dict)
+    published_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)  # from 0 to 1
+    notes: list[str] = field(default_factory=list)  # for the report: what differs, and why
 
 
 @dataclass
@@ -63,7 +70,35 @@ class Comparison:
     target: int  # parameters
     models: dict[str, ModelConfig]
     cells: dict[tuple[str, int], Config]  # (label, length)
-    tasks: dict[str, dict[str, list[Config]]]  # name -> label -> runs, by learning rate and seed
+    tasks: dict[str, dict[str, "Trainings"]]  # name -> label
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """A mixer's runs of a task."""
+
+    config: Config  # of any of them, but for what `at` sets
+    folder: Path
+    label: str
+    rates: list[float]
+    seeds: list[int]
+
+    def at(self, rate: float, seed: int, steps: int | None = None) -> Config:
+        """The run of a learning rate, seed and number of steps, in a folder of its own."""
+        run = deepcopy(self.config)
+        run.run.seed, run.optim.learning_rate = seed, rate
+        if steps is not None:
+            run.train.steps = steps
+        # A run of other settings or data is another: it neither resumes this one nor passes for it.
+        described = {**asdict(run), "fingerprint": data_fingerprint(run)}
+        del described["run"]["dir"], described["checkpoint"]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+        run.run.dir = str(self.folder / f"{self.label}-{digest}")
+        return run
+
+    @property
+    def first(self) -> Config:
+        return self.at(self.rates[0], self.seeds[0])
 
 
 def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
@@ -82,16 +117,17 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
         for length in settings.lengths
         for label, model in models.items()
     }
-    tasks: dict[str, dict[str, list[Config]]] = {}
+    tasks: dict[str, dict[str, Trainings]] = {}
     for name, task in settings.tasks.items():
         own = _task_config(path, name, [*task, *overrides])
-        tasks[name] = {label: list(_trainings(own, name, label, m)) for label, m in models.items()}
+        tasks[name] = {label: _trainings(own, name, label, m) for label, m in models.items()}
     for (label, length), cell in cells.items():
         messages += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
     for name, runs in tasks.items():
-        for label, (run, *_) in runs.items():
-            messages += [f"task {name}, {label}: {key}: {text}" for key, text in value_faults(run)]
-        data = data_faults(next(iter(runs.values()))[0])
+        for label, each in runs.items():
+            faults = value_faults(each.first)
+            messages += [f"task {name}, {label}: {key}: {text}" for key, text in faults]
+        data = data_faults(next(iter(runs.values())).first)
         messages += [f"task {name}: {key}: {text}" for key, text in data]
     if messages:
         raise ConfigError(str(path), messages)
@@ -131,10 +167,11 @@ def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
         for setting in task:
             if setting.startswith(tuple(own)):
                 yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"
-    for name in compare.published:
-        if compare.tasks and name not in compare.tasks:
-            known = ", ".join(compare.tasks)
-            yield "compare.published", f"{name!r} is not one of the tasks {known}"
+    for key in ("published", "published_accuracy"):
+        for name in getattr(compare, key):
+            if compare.tasks and name not in compare.tasks:
+                known = ", ".join(compare.tasks)
+                yield f"compare.{key}", f"{name!r} is not one of the tasks {known}"
 
 
 def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], int]:
@@ -150,6 +187,9 @@ def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], i
     for mixer in compare.mixers:
         model = deepcopy(config.model)
         model.mixer = mixer
+        if compare.match == "none":
+            models[label_of(mixer)] = model
+            continue
         try:
             models[label_of(mixer)] = match_parameters(model, target, compare.match)
         except ValueError as error:
@@ -178,21 +218,12 @@ def _task_config(path: Path, name: str, overrides: list[str]) -> ComparisonFile:
     return config
 
 
-def _trainings(
-    config: ComparisonFile, name: str, label: str, model: ModelConfig
-) -> Iterator[Config]:
-    """A mixer's runs of a task: every seed at every learning rate."""
-    settings = config.compare
+def _trainings(config: ComparisonFile, name: str, label: str, model: ModelConfig) -> Trainings:
+    """A mixer's runs of a task: every rate that is to be tried, and every seed."""
+    settings, run = config.compare, _run_of(config, model)
     rates = settings.learning_rates or [config.optim.learning_rate]
-    for seed, rate in product(settings.seeds or [config.run.seed], rates):
-        run = _run_of(config, model)
-        run.run.seed, run.optim.learning_rate = seed, rate
-        # A run of other settings or data is another: it neither resumes this one nor passes for it.
-        described = {**asdict(run), "fingerprint": data_fingerprint(run)}
-        del described["run"]["dir"], described["checkpoint"]
-        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
-        run.run.dir = str(Path(settings.dir) / "runs" / name / f"{label}-{digest}")
-        yield run
+    folder = Path(settings.dir) / "runs" / name
+    return Trainings(run, folder, label, rates, settings.seeds or [config.run.seed])
 
 
 def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:

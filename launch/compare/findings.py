@@ -19,8 +19,6 @@ from launch.compare.results import (
     why_failed,
 )
 
-BASELINE = "attention"
-
 
 def findings_of(results: Results) -> Iterator[str]:
     """The comparison in words, each sentence from the figures."""
@@ -30,10 +28,12 @@ def findings_of(results: Results) -> Iterator[str]:
         ("trains in less memory than", "its memory", training, lambda r: 1 / memory_gib(r)),
         ("decodes faster than", "its speed", reading, figure("decode_tokens_per_second")),
     ]
-    for better, unit, cells, of in compared if BASELINE in mixers else []:
-        for mixer in mixers:
-            if mixer != BASELINE:
-                yield _crossing(mixer, better, unit, _ratios(results, cells, of, mixer))
+    for base in (base for base in results.settings.baselines if base in mixers):
+        for better, unit, cells, of in compared:
+            for mixer in mixers:
+                if mixer != base:
+                    ratios = _ratios(results, cells, of, (mixer, base))
+                    yield _crossing((mixer, base), better, unit, ratios)
     for kind in MEASUREMENTS:
         cells = results.of(kind)
         for mixer in mixers:
@@ -48,24 +48,30 @@ def findings_of(results: Results) -> Iterator[str]:
             yield f"{task}: the training of {label} failed: {why}"
 
 
-def _ratios(results: Results, cells: Cells, of: Figure, mixer: str) -> list[tuple[int, float]]:
-    """(length, the mixer's figure over the baseline's), where both were measured."""
+def _ratios(
+    results: Results, cells: Cells, of: Figure, pair: tuple[str, str]
+) -> list[tuple[int, float]]:
+    """(length, a mixer's figure over the baseline's), where both were measured."""
+    mixer, base_mixer = pair
     ratios = []
     for length in results.lengths:
         ours = median_of(cells.get((mixer, length), []), of)
-        base = median_of(cells.get((BASELINE, length), []), of)
+        base = median_of(cells.get((base_mixer, length), []), of)
         if ours is not None and base is not None:
             ratios.append((length, ours / base))
     return ratios
 
 
-def _crossing(mixer: str, better: str, unit: str, ratios: list[tuple[int, float]]) -> str:
+def _crossing(
+    pair: tuple[str, str], better: str, unit: str, ratios: list[tuple[int, float]]
+) -> str:
     """Where the ratio passes one, by a straight line between measured points on log axes.
 
     A ratio above one is for the mixer; of memory it is the baseline's over the mixer's.
     """
+    mixer, baseline = pair
     if not ratios:
-        return f"{mixer} and {BASELINE} were measured together at no length."
+        return f"{mixer} and {baseline} were measured together at no length."
     (first, at_first), (last, at_last) = ratios[0], ratios[-1]
     measured = f" measured, {first:,} to {last:,} tokens" if last > first else " measured"
     if all(ratio > 1 for _, ratio in ratios):
@@ -88,7 +94,7 @@ def _crossing(mixer: str, better: str, unit: str, ratios: list[tuple[int, float]
     if unit == "its memory":
         at_first, at_last = 1 / at_first, 1 / at_last
     return (
-        f"{mixer} {better} {BASELINE} {where}: {at_first:.2f} times {unit} at {first:,} tokens"
+        f"{mixer} {better} {baseline} {where}: {at_first:.2f} times {unit} at {first:,} tokens"
         + (f", {at_last:.2f} times at {last:,}." if last > first else ".")
     )
 

@@ -72,11 +72,23 @@ def _training_section(results: Results) -> Iterator[str]:
         "attention, nothing twice):",
         "",
         *_grid(results, cells, results.gigaflops, "{:,.0f}", spread=False),
+        "What large products of that precision reach in the same processes, all at once, GFLOP/s:",
+        "",
+        *_grid(results, cells, lambda r: workers * figure("limit_flops")(r) / 1e9, "{:,.0f}"),
+        "The first as a share of the second, percent:",
+        "",
+        *_grid(results, cells, _share_of_limit(results), "{:.0f}", spread=False),
         *_mfu(results, cells),
         "Bytes that a worker sends along the sequence per step:",
         "",
         *_grid(results, cells, figure("exchange_bytes"), "{:,.0f}", spread=False),
     )
+
+
+def _share_of_limit(results: Results) -> Figure:
+    """What a training achieves, of what the machine gives, in percent."""
+    limit = figure("limit_flops")
+    return lambda record: 1e11 * results.gigaflops(record) / (results.workers * limit(record))
 
 
 def _reading_section(results: Results) -> Iterator[str]:
@@ -137,6 +149,10 @@ def _circumstances(results: Results) -> list[str]:
     if settings.learning_rates:
         tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
         rates = f"learning rates {tried}, of which each mixer's best counts"
+        if settings.more_rates:
+            rates += f"; up to {settings.more_rates} more where the best is at an edge"
+    taps = config.model.attention_conv
+    before = f"a convolution of {taps} tokens before them" if taps else "none"
     return [
         f"- {versions}",
         f"- {results.hardware}; {launch.workers} workers, sp={config.parallel.sp}, "
@@ -152,7 +168,8 @@ def _circumstances(results: Results) -> list[str]:
         f"- trainings: seed {seeds}; {rates}; weight decay {config.optim.weight_decay:g} on "
         f"matrices, but not on those that make gates and candidates of a recurrence; recurrences "
         f"have a convolution of {config.model.conv_width} tokens before them, attention and "
-        f"window have none; seconds are steps at the pace of a training's median step",
+        f"window have {before}; seconds are steps at the pace of a training's median step",
+        *(f"- {note}" for note in settings.notes),
     ]
 
 
@@ -169,8 +186,11 @@ def _model_table(results: Results) -> list[str]:
         )
         for label, model in results.models.items()
     ]
+    solved = f"Solved for {target:,} parameters by {results.settings.match}"
+    if results.settings.match == "none":
+        solved = f"As configured, beside the first one's {target:,} parameters"
     return [
-        f"Solved for {target:,} parameters by {results.settings.match}; the MLP takes up the rest.",
+        f"{solved}; the MLP takes up the rest." if "Solved" in solved else f"{solved}.",
         "",
         *table("mixer", ("width", "layers", "MLP", "parameters", "of the target"), rows),
     ]

@@ -118,6 +118,8 @@ class Results:
     cells: list[CellRecord]
     tasks: dict[str, dict[str, list[TrainingRecord]]]  # name -> label -> runs
     lost: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> training -> why
+    # name -> label -> the run in as much time as the fastest mixer's took
+    in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         raw = {**asdict(self), "cells": [cell.to_json() for cell in self.cells]}
@@ -227,8 +229,14 @@ def by_rate(runs: Sequence[TrainingRecord]) -> dict[float, list[TrainingRecord]]
 
 
 def best_runs(runs: Sequence[TrainingRecord]) -> list[TrainingRecord]:
-    """One run for each seed, at the learning rate of the lowest median loss; the best first."""
-    return min(by_rate(runs).values(), key=lambda same: median(r.final_loss for r in same))
+    """One run for each seed, at the learning rate of the lowest median loss; the best first.
+
+    Of the rates that have had most seeds: others were given up after the first.
+    """
+    tried = by_rate(runs).values()
+    most = max(len(same) for same in tried)
+    full = [same for same in tried if len(same) == most]
+    return min(full, key=lambda same: median(r.final_loss for r in same))
 
 
 def typical(runs: Sequence[TrainingRecord]) -> TrainingRecord:

@@ -5,10 +5,11 @@ Each result is on disk before the next cell starts.
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -23,11 +24,13 @@ from launch.compare.results import (
     ModelFacts,
     Point,
     Results,
+    Runs,
     Store,
     TrainingRecord,
     Visit,
 )
-from launch.compare.schedule import Limits, trainings, visits
+from launch.compare.schedule import Limits, visits
+from launch.compare.search import Search
 from launch.gang import LaunchError
 from models.flops import parameters, training_flops_per_token
 from trainer.config import Config
@@ -54,8 +57,8 @@ def run_comparison(
         hardware = gang.hardware()
         bench = _Bench(comparison, gang, hardware, Store(folder / "measurements.json"))
         records = bench.measure_all(show, should_stop)
-    lost = None if records is None else _train_all(comparison, show, train, should_stop)
-    if records is None or lost is None:
+    trained = None if records is None else _train_all(comparison, show, train, should_stop)
+    if records is None or trained is None:
         return None
     results = Results(
         hardware=hardware,
@@ -69,15 +72,9 @@ def run_comparison(
         target_parameters=comparison.target,
         models=_describe_models(comparison),
         cells=records,
-        tasks={
-            task: {
-                label: curves
-                for label, configs in runs.items()
-                if (curves := [_curve(config) for config in configs if _result(config)])
-            }
-            for task, runs in comparison.tasks.items()
-        },
-        lost=lost,
+        tasks=trained.tasks,
+        lost=trained.lost,
+        in_equal_time=trained.in_equal_time,
     )
     results.write(folder / "results.json")
     return results
@@ -163,26 +160,58 @@ def _worst(costs: list[Any]) -> Cost:
     return replace(costs[0], **{name: max(getattr(cost, name) for cost in costs) for name in names})
 
 
+@dataclass
+class _Trained:
+    """The finished trainings of all tasks; those that were lost, and why."""
+
+    tasks: dict[str, Runs] = field(default_factory=dict)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)
+    in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
+
+
+class _Stopped(Exception):
+    """The comparison was asked to stop."""
+
+
 def _train_all(
     comparison: Comparison,
     show: Show,
     train: Callable[[Config], bool],
     should_stop: Callable[[], bool],
-) -> dict[str, dict[str, str]] | None:
-    """Train what has no result yet; the trainings that were lost and why, None when stopped."""
-    lost: dict[str, dict[str, str]] = {task: {} for task in comparison.tasks}
-    for task, label, config in trainings(comparison):
-        if _result(config):
-            continue
-        name = f"{label} at learning rate {config.optim.learning_rate:g}, seed {config.run.seed}"
-        show(f"training {name} on {task}: {config.train.steps} steps")
+) -> _Trained | None:
+    """Train what has no result yet; None when stopped."""
+    trained, settings = _Trained(), comparison.settings
+    for task, trainings in comparison.tasks.items():
+        lost = trained.lost[task] = {}
+
+        def attempt(label: str, config: Config, task: str = task, lost: Any = lost) -> float:
+            if not _result(config):
+                name = f"{label} at learning rate {config.optim.learning_rate:g}"
+                name += f", seed {config.run.seed}"
+                show(f"training {name} on {task}: {config.train.steps} steps")
+                try:
+                    if should_stop() or not train(config):
+                        raise _Stopped
+                except LaunchError as error:  # marked in the report, and tried again next time
+                    lost[name] = str(error).strip().splitlines()[-1]
+                    show(f"  failed: {error}")
+            result = _result(config)
+            return result["loss"] if result else math.inf
+
+        search = Search(trainings, attempt)
         try:
-            if should_stop() or not train(config):
-                return None
-        except LaunchError as error:  # marked in the report, and tried again next time
-            lost[task][name] = str(error).strip().splitlines()[-1]
-            show(f"  failed: {error}")
-    return lost
+            search.run(settings.more_rates)
+            equal = search.in_equal_time(_pace) if settings.equal_time else {}
+        except _Stopped:
+            return None
+        trained.tasks[task] = {
+            label: curves
+            for label, configs in search.ran.items()
+            if (curves := [_curve(config) for config in configs if _result(config)])
+        }
+        finished = {label: config for label, config in equal.items() if _result(config)}
+        trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
+    return trained
 
 
 def _describe_models(comparison: Comparison) -> dict[str, ModelFacts]:
@@ -200,6 +229,11 @@ def _describe_models(comparison: Comparison) -> dict[str, ModelFacts]:
     }
 
 
+def _pace(config: Config) -> float:
+    """Seconds of a run's median step."""
+    return median(line["step_seconds"] for line in read_lines(RunFolder(config.run.dir).metrics))
+
+
 def _result(config: Config) -> dict[str, Any] | None:
     return RunFolder(config.run.dir).read_result(config.train.steps)
 
@@ -211,7 +245,7 @@ def _curve(config: Config) -> TrainingRecord:
     """
     folder = RunFolder(config.run.dir)
     metrics = read_lines(folder.metrics)
-    pace = median(line["step_seconds"] for line in metrics)
+    pace = _pace(config)
     tokens = {line["step"]: line["tokens"] for line in metrics}
     final = _result(config)
     assert final is not None

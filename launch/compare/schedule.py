@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from launch.compare.file import Comparison
 from launch.compare.measurements import MEASUREMENTS
 from launch.compare.results import CellRecord, Visit
-from trainer.config import Config
 
 
 def visits(comparison: Comparison) -> Iterator[Visit]:
@@ -23,13 +22,6 @@ def visits(comparison: Comparison) -> Iterator[Visit]:
                 shift = repetition % len(labels)
                 for label in labels[shift:] + labels[:shift]:
                     yield Visit(kind, label, length, repetition)
-
-
-def trainings(comparison: Comparison) -> Iterator[tuple[str, str, Config]]:
-    """(task, label, run) of every training; all mixers have had a rate and seed before the next."""
-    for task, runs in comparison.tasks.items():
-        for configs in zip(*runs.values(), strict=True):
-            yield from ((task, label, run) for label, run in zip(runs, configs, strict=True))
 
 
 @dataclass

@@ -14,7 +14,7 @@ def task_sections(results: Results) -> Iterator[str]:
             continue
         finals = [typical(same).final for same in runs.values()]
         yield from (f"## Task: {task}", "")
-        yield from _outcomes(runs, results.settings.published.get(task, {}))
+        yield from _outcomes(results, task, runs)
         yield from _rates(runs)
         if all(final["by_distance"] for final in finals):
             yield from _distances(runs)
@@ -25,25 +25,43 @@ def task_sections(results: Results) -> Iterator[str]:
             yield from (f"For comparison, counted on the training split: {counted}.", "")
 
 
-def _outcomes(runs: Runs, published: dict[str, float]) -> Iterator[str]:
+def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
     chosen = [typical(same) for same in runs.values()]
+    settings = results.settings
+    losses, shares = settings.published.get(task, {}), settings.published_accuracy.get(task, {})
     rows = [("held-out loss, nats per token", [_losses(best_runs(r)) for r in runs.values()])]
-    if published:
-        theirs = [published.get(label) for label in runs]
-        shown = ["" if loss is None else f"{loss:.3f}" for loss in theirs]
-        rows.append(("published", shown))
+    if losses:
+        rows.append(("published", [f"{losses[n]:.3f}" if n in losses else "" for n in runs]))
+    if equal := results.in_equal_time.get(task):
+        seconds = min(run.seconds[-1] for run in equal.values())
+        shown = [f"{equal[n].final_loss:.4f}" if n in equal else "lost" for n in runs]
+        rows.append((f"in {seconds:,.0f} s, schedule to its end", shown))
+        steps = [f"{equal[n].tokens[-1]:,}" if n in equal else "" for n in runs]
+        rows.append(("tokens trained on in that time", steps))
     lowest = [min(point.loss for point in run.held_out) for run in chosen]
     rows += [
         ("lowest on the way", [f"{loss:.4f}" for loss in lowest]),
-        ("accuracy", [f"{run.final['accuracy']:.1%}" for run in chosen]),
+        ("accuracy", [_accuracies(best_runs(same)) for same in runs.values()]),
+    ]
+    if shares:
+        rows.append(("published", [f"{shares[n]:.1%}" if n in shares else "" for n in runs]))
+    rows += [
         ("learning rate", [f"{run.learning_rate:g}" for run in chosen]),
         ("tokens trained on", [f"{run.tokens[-1]:,}" for run in chosen]),
         ("seconds of training steps", [f"{run.seconds[-1]:,.0f}" for run in chosen]),
     ]
     yield from table("", runs, rows)
-    others = [f"{name} {loss:g}" for name, loss in published.items() if name not in runs]
+    others = [f"{name} {loss:g}" for name, loss in losses.items() if name not in runs]
+    others += [f"{name} {share:.1%}" for name, share in shares.items() if name not in runs]
     if others:
         yield from (f"Published besides: {', '.join(others)}.", "")
+
+
+def _accuracies(runs: list[TrainingRecord]) -> str:
+    """The median of some seeds, and their spread."""
+    shares = sorted(run.final["accuracy"] for run in runs)
+    spread = f" ({shares[0]:.1%} to {shares[-1]:.1%})" if len(shares) > 1 else ""
+    return f"{median(shares):.1%}{spread}"
 
 
 def _rates(runs: Runs) -> list[str]:
@@ -64,13 +82,20 @@ def _distances(runs: Runs) -> list[str]:
     return table("accuracy at a distance of", runs, rows)
 
 
-def _positions(runs: Runs) -> list[str]:
-    columns = [typical(same).final["by_position"] for same in runs.values()]
+def _positions(runs: Runs) -> Iterator[str]:
+    yield from _by_position("loss at positions", "by_position", "{:.4f}", runs)
+    if all("accuracy_by_position" in typical(same).final for same in runs.values()):
+        name = "accuracy_by_position"
+        yield from _by_position("accuracy at positions", name, "{:.1%}", runs)
+
+
+def _by_position(title: str, name: str, form: str, runs: Runs) -> list[str]:
+    columns = [typical(same).final[name] for same in runs.values()]
     rows = [
-        (f"{row[0][0]:,} to {row[0][1] - 1:,}", [f"{loss:.4f}" for _, _, loss in row])
+        (f"{row[0][0]:,} to {row[0][1] - 1:,}", [form.format(value) for _, _, value in row])
         for row in zip(*columns, strict=True)
     ]
-    return table("loss at positions", runs, rows)
+    return table(title, runs, rows)
 
 
 def _losses(runs: list[TrainingRecord]) -> str:

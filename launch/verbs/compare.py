@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
     comparison = load_comparison(args.config, args.overrides)
     paths = {("compare.dir", comparison.settings.dir)}
     for runs in comparison.tasks.values():
-        paths |= {("data.path", path) for run, *_ in runs.values() for path in run.data.sources}
+        firsts = [each.first for each in runs.values()]
+        paths |= {("data.path", path) for run in firsts for path in run.data.sources}
+        evaluated = [run.evaluate.path for run in firsts]
+        paths |= {("evaluate.path", path) for path in evaluated if path is not None}
     if faults := place_faults(sorted(paths), comparison.config.launch):
         raise ConfigError(args.config, faults)
     from launch.compare.page import write_comparison  # import torch and matplotlib

@@ -82,7 +82,11 @@ class Softmax(Entry):
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> float:
         """The scores and weighted values of the tokens that a query may see, and of no others."""
         seen = self.sees(config, seq_len)
-        return 4 * (seen - seen * (seen - 1) / (2 * seq_len)) * config.width
+        pairs = seen - seen * (seen - 1) / (2 * seq_len)
+        return (4 * pairs + 2 * config.attention_conv) * config.width
+
+    def halo(self, config: ModelConfig) -> int:
+        return max(0, config.attention_conv - 1)
 
     def sees(self, config: ModelConfig, seq_len: int) -> int:
         """Tokens that the last query of a sequence sees."""
@@ -96,7 +100,7 @@ class Window(Softmax):
     """Softmax attention to a window of tokens; exchanged by a halo."""
 
     def halo(self, config: ModelConfig) -> int:
-        return config.window - 1
+        return max(config.window - 1, super().halo(config))
 
     def sp_faults(self, config: ModelConfig, sp: int) -> Iterator[Fault]:
         yield from ()
@@ -127,6 +131,8 @@ MIXERS: dict[str, Entry] = {
     "minlstm": Recurrent("models.mixers.minlstm:MinLSTMMixer", 20),
     "gru": Recurrent("models.mixers.gru:GRUMixer", 14),
     "lstm": Recurrent("models.mixers.lstm:LSTMMixer", 17),
+    "gru_loop": Recurrent("models.mixers.gru:LoopedGRUMixer", 14),
+    "lstm_loop": Recurrent("models.mixers.lstm:LoopedLSTMMixer", 17),
     "s4d": StateSpace("models.mixers.s4d:S4DMixer", 2, 12, S4D_STATES),
     "mamba": StateSpace("models.mixers.mamba:MambaMixer", 8, 8, MAMBA_STATES, "state_width"),
     "attention": Softmax("models.mixers.attention:AttentionMixer"),

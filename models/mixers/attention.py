@@ -12,7 +12,8 @@ class AttentionMixer(SoftmaxMixer):
     """Every token sees all tokens before it; the carry holds their keys and values."""
 
     def init_carry(self, batch_size: int, device: torch.device) -> Carry:
-        return empty_cache(batch_size, self.kv_heads, self.head_width, device)
+        cache = empty_cache(batch_size, self.kv_heads, self.head_width, device)
+        return *cache, *self.init_tail(batch_size, device)
 
     def forward(
         self,
@@ -23,5 +24,7 @@ class AttentionMixer(SoftmaxMixer):
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
         carry = self.init_carry(x.shape[0], x.device) if carry is None else carry
-        y, carry = self.ops.attend(self.project(x), Cache(*carry), reset, self.rope_base, last)
-        return self.out(y.flatten(2)), carry
+        cache, tail = carry[: len(Cache._fields)], carry[len(Cache._fields) :]
+        u, tail = self.convolve(x, tail, reset)
+        y, cache = self.ops.attend(self.project(u), Cache(*cache), reset, self.rope_base, last)
+        return self.out(y.flatten(2)), () if last else (*cache, *tail)

@@ -47,3 +47,21 @@ class GRUMixer(RelayMixer):
     def forget_biases(self, memory_tokens: Tensor) -> dict[int, Tensor]:
         """Of gates r, z, n: z = log(m - 1), so that z = 1 - 1/m."""
         return {1: torch.log(memory_tokens - 1)}
+
+
+class LoopedGRU(GRU):
+    """The same, one torch.gru_cell after another in Python: the baseline of the paper's speed."""
+
+    def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        hidden, outputs = state[0], []
+        for step in u.unbind(1):
+            hidden = torch.gru_cell(step, hidden, *self.weights())
+            outputs.append(hidden)
+        return torch.stack(outputs, dim=1), (hidden,)
+
+
+class LoopedGRUMixer(GRUMixer):
+    """GRUMixer by a loop in Python."""
+
+    def make_layer(self, fan_in: int, state: int) -> GRU:
+        return LoopedGRU(fan_in, state)

@@ -50,3 +50,21 @@ class LSTMMixer(RelayMixer):
         """Of gates i, f, g, o: f = log(m - 1) and i = -f, so that f = 1 - 1/m and i = 1/m."""
         forget = torch.log(memory_tokens - 1)
         return {0: -forget, 1: forget}
+
+
+class LoopedLSTM(LSTM):
+    """The same, one torch.lstm_cell after another in Python: the baseline of the paper's speed."""
+
+    def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        both, outputs = tuple(state), []
+        for step in u.unbind(1):
+            both = torch.lstm_cell(step, both, *self.weights())
+            outputs.append(both[0])
+        return torch.stack(outputs, dim=1), both
+
+
+class LoopedLSTMMixer(LSTMMixer):
+    """LSTMMixer by a loop in Python."""
+
+    def make_layer(self, fan_in: int, state: int) -> LSTM:
+        return LoopedLSTM(fan_in, state)

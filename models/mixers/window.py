@@ -27,7 +27,7 @@ class WindowMixer(SoftmaxMixer):
         so the last channel, 1 for every real token, tells real keys from none.
         """
         halo = torch.zeros(batch_size, self.halo_width, 2 * self.kv_width + 1, device=device)
-        return (halo,)
+        return halo, *self.init_tail(batch_size, device)
 
     def forward(
         self,
@@ -37,8 +37,9 @@ class WindowMixer(SoftmaxMixer):
         reset: Tensor | None = None,
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
-        (tail,) = carry or self.init_carry(x.shape[0], x.device)
-        q, k, v = self.project(x)
+        tail, *before = carry or self.init_carry(x.shape[0], x.device)
+        u, leaving = self.convolve(x, tuple(before), reset)
+        q, k, v = self.project(u)
         there = k.new_ones(*k.shape[:2], 1)
         steps = torch.cat([k.flatten(2), v.flatten(2), there], dim=-1)
         steps, tail = self.ops.halo(steps, self.halo_width, tail, reset)
@@ -46,4 +47,4 @@ class WindowMixer(SoftmaxMixer):
         k, v = (y.unflatten(-1, (self.kv_heads, self.head_width)) for y in (k, v))
         visible = there[:, : self.halo_width, 0] > 0.5
         y = attend_window(q, k, v, visible, reset, self.rope_base)
-        return self.out(y.flatten(2)), (tail,)
+        return self.out(y.flatten(2)), (tail, *leaving)

@@ -20,6 +20,7 @@ VARIANTS = [
     {"normalize_gates": False},
     {"kv_heads": 2, "window": 2, "tie_embeddings": True},
     {"kv_heads": 1, "heads": 8, "window": 100, "rope_base": 500.0},
+    {"attention_conv": 3, "state_size": 3, "s4d_init": "inv"},
 ]
 RECURRENT = ("mingru", "minlstm")
 HYBRIDS = (["mingru", "minlstm"], ["mingru", "window", "attention"])

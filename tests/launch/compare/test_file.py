@@ -20,15 +20,15 @@ def _faults(tmp_path, text: str, *overrides: str) -> str:
 def test_faults_of_the_section_are_told_together(tmp_path):
     said = _faults(
         tmp_path,
-        "compare: {mixers: [attention, gru], lengths: [], match: depth, repetitions: 0, stepz: 3,\n"
+        "compare: {mixers: [attention, rwkv], lengths: [], match: depth, repetitions: 0, stepz: 3\n, "
         "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3]},\n"
         "  learning_rates: [0.1, 0], seeds: [-1], published: {txt: {mamba: 1.5}}}\n"
         "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",
     )
     for part in (
-        "compare.yaml:1: compare.mixers: 'gru' is not one of",
+        "compare.yaml:1: compare.mixers: 'rwkv' is not one of",
         "compare.lengths: the list is empty",
-        "compare.match: 'depth' is not width or layers",
+        "compare.match: 'depth' is not width, layers or none",
         "compare.repetitions: 0 is not positive",
         "compare.stepz: unknown key; the nearest known one is compare.steps",
         "model.heads: 3 does not cut width 64",
@@ -78,7 +78,7 @@ def test_command_line_overrides_what_a_task_sets(tmp_path, dataset):
         f"compare: {{lengths: [64], tasks: {{text: [train.steps=9, train.seq_len=64]}}}}\n"
         f"data: {{path: {dataset}}}\nevaluate: {{every: 1}}\n"
     )
-    (run,) = load_comparison(path, ["train.steps=3"]).tasks["text"]["mingru"]
+    run = load_comparison(path, ["train.steps=3"]).tasks["text"]["mingru"].first
     assert (run.train.steps, run.train.seq_len) == (3, 64)
 
 
@@ -93,7 +93,7 @@ def test_a_training_on_other_data_is_another(tmp_path):
     for seed in (0, 0, 1):
         shutil.rmtree(data, ignore_errors=True)
         prepare_synthetic(SyntheticSettings("copy", 64, train=4, held_out=2, seed=seed), data)
-        (run,) = load_comparison(path, []).tasks["copy"]["mingru"]
+        run = load_comparison(path, []).tasks["copy"]["mingru"].first
         folders.append(run.run.dir)
     assert folders[0] == folders[1] != folders[2]
 

@@ -18,8 +18,10 @@ from launch.compare.file import load_comparison
 from launch.compare.findings import _crossing, _loss_at
 from launch.compare.measurements import Cost
 from launch.compare.page import write_comparison
-from launch.compare.results import Point, Results, TrainingRecord
+from launch.compare.results import Point, Results, TrainingRecord, by_rate
 from launch.compare.run import run_comparison
+from launch.compare.search import beyond
+from launch.gang import LaunchError
 from trainer.config import Config
 from trainer.measure import ReadingCost, TrainingCost
 
@@ -74,7 +76,7 @@ class FakeGang:
             return [ReadingCost(1.0, 1 / per_token, 2048, 2**30, 0)]
         tokens = train.batch_size * length
         steps = [tokens * per_token * f for f in (1, 3, 1)]
-        return [TrainingCost(steps, 0.1, 64, n * 2**30, 0, None) for n in (1, 2)]
+        return [TrainingCost(steps, 0.1, 64, n * 2**30, 0, None, 1e9) for n in (1, 2)]
 
 
 def _kind(call: Call) -> str:
@@ -93,17 +95,19 @@ def gang(monkeypatch) -> FakeGang:
     return fake
 
 
-def _train(config: Config) -> bool:
+def _train(config: Config, slow: float = 1.0) -> bool:
     """As a training leaves its folder: attention wants a rate of 1e-3, the others of 4e-3."""
     run, rate = Path(config.run.dir), config.optim.learning_rate
     run.mkdir(parents=True)
     best = 1e-3 if config.model.mixer == "attention" else 4e-3
     loss = 2.0 + abs(math.log2(rate / best)) + config.run.seed / 100
     steps = [
-        {"step": n, "tokens": 64 * n, "step_seconds": seconds, "loss": loss + 1 / n}
+        {"step": n, "tokens": 64 * n, "step_seconds": seconds * slow, "loss": loss + 1 / n}
         for n, seconds in ((1, 9), (2, 1), (3, 2), (4, 1))
+        if n <= config.train.steps
     ]
-    evaluations = [{"step": n, "loss": loss + 1 - n / 4} for n in (2, 4)]
+    evaluations = [{"step": n, "loss": loss + 1 - n / 4} for n in (2, 4) if n <= len(steps)]
+    evaluations = evaluations or [{"step": 1, "loss": loss + 1}]
     for name, lines in (("metrics", steps), ("evaluations", evaluations)):
         (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     final = {"step": config.train.steps, "loss": loss, "accuracy": 0.5, "baselines": {}}
@@ -192,6 +196,7 @@ def test_report_has_every_figure_and_says_where_lines_cross(comparison_file, gan
 def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_file, gang, tmp_path):
     overrides = ["compare.learning_rates=[1e-3,2e-3,4e-3]", "compare.seeds=[1,2,5]"]
     overrides += ["compare.lengths=[64]", "compare.published={text: {attention: 1.5, mamba: 1.25}}"]
+    overrides += ["compare.published_accuracy={text: {mingru: 0.995}}", "compare.notes=[All tiny.]"]
     comparison = load_comparison(comparison_file, overrides)
     trained: list[tuple[Any, int, float]] = []
 
@@ -202,17 +207,23 @@ def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_fil
     assert run_comparison(comparison, lambda _: None, train, lambda: len(trained) == 5) is None
     results = run_comparison(comparison, lambda _: None, train, lambda: False)
     assert results
-    assert len(trained) == len(set(map(str, trained))) == 3 * 3 * 3  # none twice, though stopped
+    # every rate with the first seed, the other seeds at the best; none twice, though stopped
+    assert len(trained) == len(set(map(str, trained))) == 3 * 3 + 2 * 3
     mixers = ["attention", "mingru", ["mingru", "window"]]
     assert trained[:4] == [*((m, 1, 1e-3) for m in mixers), ("attention", 1, 2e-3)]
+    assert trained[9:] == [
+        (m, seed, 1e-3 if m == "attention" else 4e-3) for seed in (2, 5) for m in mixers
+    ]
     write_comparison(tmp_path / "out", results)
     page = (tmp_path / "out" / "report.md").read_text()
     best = "2.0200 (2.0100 to 2.0500)"
     assert f"| held-out loss, nats per token | {best} | {best} | {best} |" in page
     assert "| published | 1.500 |  |  |\n" in page
+    assert "| published |  | 99.5% |  |\n" in page
+    assert "\n- All tiny.\n" in page
     assert "Published besides: mamba 1.25." in page
     assert "| learning rate | 0.001 | 0.004 | 0.004 |" in page
-    assert "| 0.001 | 2.0200 (2.0100 to 2.0500) | 4.0200 (4.0100 to 4.0500) |" in page
+    assert "| 0.001 | 2.0200 (2.0100 to 2.0500) | 4.0100 | 4.0100 |" in page
     assert "| 0 to 15 | 2.1200 | 2.1200 | 2.1200 |" in page  # of the seed in the middle
     assert results.tasks["text"]["mingru"][0].seconds == [1.5, 3, 4.5, 6]  # the median's pace
     assert "text: attention did best at the lowest learning rate tried, 0.001: a lower one" in page
@@ -220,9 +231,43 @@ def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_fil
     assert "learning rates 0.001, 0.002, 0.004, of which each mixer's best counts" in page
 
 
+def test_rates_go_on_until_the_best_lies_inside(comparison_file, gang, tmp_path):
+    """And slower mixers are trained once more, in the time of the fastest."""
+    overrides = ["compare.learning_rates=[2e-3,4e-3]", "compare.more_rates=3", "compare.seeds=[1]"]
+    overrides += ["compare.lengths=[64]", "compare.equal_time=true"]
+    comparison = load_comparison(comparison_file, overrides)
+    trained: list[tuple[Any, float, int]] = []
+
+    def train(config: Config) -> bool:
+        rate, mixer = config.optim.learning_rate, config.model.mixer
+        trained.append((mixer, rate, config.train.steps))
+        if mixer == "mingru" and rate > 7e-3:
+            raise LaunchError("the loss is not finite")
+        return _train(config, slow=4.0 if mixer == "attention" else 1.0)
+
+    results = run_comparison(comparison, lambda _: None, train, lambda: False)
+    assert results
+    rates = {label: sorted(by_rate(runs)) for label, runs in results.tasks["text"].items()}
+    assert rates["attention"] == [5e-4, 1e-3, 2e-3, 4e-3]  # the best is 1e-3
+    assert rates["mingru"] == [2e-3, 4e-3]  # the next one was lost
+    assert ("mingru", 8e-3, 4) in trained
+    assert ("attention", 1e-3, 1) in trained  # of four steps, in the time of four of the others
+    tokens = [run.tokens[-1] for run in results.in_equal_time["text"].values()]
+    assert tokens == [64, 256, 256]
+    write_comparison(tmp_path / "out", results)
+    assert "| in 6 s, schedule to its end |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_next_rate():
+    assert beyond({1e-3: 2.0, 3e-3: 1.0}) == 9e-3
+    assert beyond({1e-3: 1.0, 3e-3: 2.0}) == 3.33e-4
+    assert beyond({1e-3: 2.0, 3e-3: 1.0, 9e-3: math.inf}) is None
+    assert beyond({1e-3: math.inf}) == 3.33e-4
+
+
 def test_crossing_is_told_as_it_is():
     def said(*ratios):
-        return _crossing("x", "trains faster than", "its speed", list(ratios))
+        return _crossing(("x", "attention"), "trains faster than", "its speed", list(ratios))
 
     assert "from about 200 tokens on" in said((100, 0.5), (400, 2.0))
     assert "only up to about 200 tokens" in said((100, 2.0), (400, 0.5))
@@ -233,7 +278,9 @@ def test_crossing_is_told_as_it_is():
     assert "attention at every length measured: 1.50 times its speed at 100 tokens." in said(
         (100, 1.5)
     )
-    less = _crossing("x", "trains in less memory than", "its memory", [(1, 2.0), (2, 4.0)])
+    less = _crossing(
+        ("x", "attention"), "trains in less memory than", "its memory", [(1, 2.0), (2, 4.0)]
+    )
     assert "0.50 times its memory at 1 tokens, 0.25 times at 2" in less
 
 
