@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall paper-data test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -42,6 +42,20 @@ recall: setup
 	$(RUN) -m data_prep.synthetic needle --out data/needle --length 256 --tokens 2 \
 		--distances 8,32,128,250 --train 100000
 	$(RUN) -m launch compare configs/compare_recall.yaml
+
+# What configs/paper trains on, but for Shakespeare's text, which is nanoGPT's.
+TASK := $(RUN) -m data_prep.synthetic
+paper-data: setup
+	$(TASK) parity --out data/paper/parity --length 40 --train 40000
+	$(TASK) parity --out data/paper/parity_128 --length 256 --train 1 --held-out 256
+	$(TASK) s5 --alphabet 2 --out data/paper/s5 --length 40 --train 40000
+	$(TASK) s5 --alphabet 2 --out data/paper/s5_128 --length 256 --train 1 --held-out 256
+	for task in cycle even-pairs majority; do \
+		$(TASK) $$task --alphabet 4 --out data/paper/$$task --length 42 --distances 3..40 \
+			--train 40000 && \
+		$(TASK) $$task --alphabet 4 --out data/paper/$${task}_256 --length 258 \
+			--distances 40,64,128,256 --train 1 --held-out 512 || exit 1; \
+	done
 
 # Workers, machines and Ray itself lost at random moments: about half an hour.
 test-faults: setup

@@ -185,10 +185,11 @@ def test_states_are_asked_for_at_every_step(tmp_path):
         for one, answer in zip(ones, row[1::2], strict=True):
             state ^= int(one)
             assert answer - 4 == state
-    rows = _rows(SyntheticSettings("s5", length=20, train=9, held_out=4), tmp_path / "s5")
+    settings = SyntheticSettings("s5", length=20, alphabet=6, train=9, held_out=4)
+    rows = _rows(settings, tmp_path / "s5")
     for row in rows:
         things = list(range(5))
-        for symbol, answer in zip(row[0::2] - 1, row[1::2] - 122, strict=True):
+        for symbol, answer in zip(row[0::2] - 1, row[1::2] - 8, strict=True):
             things = [ELEMENTS[symbol][place] for place in things]  # each goes where it is sent
             assert things == ELEMENTS[answer].tolist()
 
