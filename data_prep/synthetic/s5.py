@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GENERATORS = [(1, 0, 2, 3, 4), (1, 2, 3, 4, 0)]
 # [120, 5], the generators first
 ELEMENTS = np.array(GENERATORS + [p for p in permutations(range(5)) if p not in GENERATORS])
-IDENTITY = int((ELEMENTS == np.arange(5)).all(1).argmax())
+IDENTITY = int((np.arange(5) == ELEMENTS).all(1).argmax())
 _NUMBER = {tuple(element): number for number, element in enumerate(ELEMENTS.tolist())}
 # PRODUCTS[a, b]: first a, then b
 PRODUCTS = np.array([[_NUMBER[tuple(b[a].tolist())] for b in ELEMENTS] for a in ELEMENTS])

@@ -39,6 +39,7 @@ class Recurrence:
     own_output: bool = False  # whether y is another thing than the state
     native_gates: tuple[Path, str] | None = None  # a C++ header, and the type in it
     native_states: "NativeStates | None" = None  # a loop in C++ for a state that is no row
+    triton_states: str | None = None  # a module of kernels for such a state
     triton_gates: str | None = None  # module:name of a kernels.gates.TritonGates
 
     def __post_init__(self) -> None:

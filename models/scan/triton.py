@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.scan import triton_states
 from models.scan.backend import Grads, Scanned
 from models.scan.kernels import loops
 from models.scan.kernels.gates import TritonGates
@@ -40,6 +41,8 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
     runs = device == "cuda" or (device == "cpu" and INTERPRETED)
     if not runs or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it is not made for {dtype} on {device}"
+    if recurrence.triton_states:
+        return None
     if recurrence.triton_gates is None:
         return f"{recurrence.name} has no gates in Triton"
     if unfit := recurrence.kernel_fault():
@@ -55,6 +58,8 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
 
 def empty(problem: Problem) -> tuple[Span, Scanned]:
     """A span keeps its chunks' maps, [2, B, N, H]."""
+    if problem.recurrence.triton_states:
+        return triton_states.empty(problem)
     span = problem.new_span()
     count = _ceil(problem.steps, _chunk_steps(problem))
     maps = span.state.new_empty(2, problem.batch, count, problem.width)
@@ -64,16 +69,22 @@ def empty(problem: Problem) -> tuple[Span, Scanned]:
 
 def summarize(problem: Problem) -> Span:
     """Reads the inputs once; keeps every chunk's map."""
+    if problem.recurrence.triton_states:
+        return triton_states.summarize(problem)
     return _summarize(problem, None, reverse=False)
 
 
 def forward(problem: Problem, h_in: Tensor, span: Span | None) -> Scanned:
     """Without a span it may run as one chunk."""
+    if problem.recurrence.triton_states:
+        return triton_states.forward(problem, h_in)
     return _forward(problem, h_in, span, reverse=False)
 
 
 def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
     """Reads the gradient and what the decay needs."""
+    if problem.recurrence.triton_states:
+        return triton_states.summarize_backward(problem, grad_y)
     return _summarize(problem, grad_y.contiguous(), reverse=True)
 
 
@@ -81,6 +92,8 @@ def backward(
     problem: Problem, scanned: Scanned, grads: Grads, span: Span | None
 ) -> tuple[Inputs, Tensor]:
     """The preactivations' gradient is one tensor, like the preactivations."""
+    if problem.recurrence.triton_states:
+        return triton_states.backward(problem, scanned, grads)
     grad_y, grad_out = (grad.contiguous() for grad in grads)
     if span is None and not _one_chunk(problem):
         span = summarize_backward(problem, grad_y)

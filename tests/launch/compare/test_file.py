@@ -20,7 +20,8 @@ def _faults(tmp_path, text: str, *overrides: str) -> str:
 def test_faults_of_the_section_are_told_together(tmp_path):
     said = _faults(
         tmp_path,
-        "compare: {mixers: [attention, rwkv], lengths: [], match: depth, repetitions: 0, stepz: 3\n, "
+        "compare: {mixers: [attention, rwkv], lengths: [], match: depth, repetitions: 0,\n"
+        "  stepz: 3,"
         "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3]},\n"
         "  learning_rates: [0.1, 0], seeds: [-1], published: {txt: {mamba: 1.5}}}\n"
         "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",

