@@ -48,6 +48,8 @@ TASK := $(RUN) -m data_prep.synthetic
 paper-data: setup
 	$(TASK) parity --out data/paper/parity --length 40 --train 40000
 	$(TASK) parity --out data/paper/parity_128 --length 256 --train 1 --held-out 256
+	$(TASK) copy --out data/paper/copy --length 4113 --tokens 16 --train 20000
+	$(TASK) copy --alphabet 8 --out data/paper/copy_small --length 69 --tokens 4 --train 40000
 	$(TASK) s5 --alphabet 2 --out data/paper/s5 --length 40 --train 40000
 	$(TASK) s5 --alphabet 2 --out data/paper/s5_128 --length 256 --train 1 --held-out 256
 	for task in cycle even-pairs majority; do \

@@ -131,6 +131,14 @@ def test_broken_files_are_told(tmp_path, text):
         load_config(path, ["data.path=nowhere"])
 
 
+def test_configurations_of_the_paper_are_valid():
+    paths = list((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
+    assert len(paths) >= 7
+    for path in paths:
+        comparison = load_comparison(path, ["compare.tasks={}"])
+        assert {"mingru", "minlstm", "gru", "lstm", "mamba"} <= set(comparison.models), path
+
+
 def test_shipped_configurations_are_valid(dataset, tmp_path):
     """On the tests' data; comparisons without their trainings, whose data they name themselves."""
     for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.sources import Selection
+from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from data_prep.write import Settings, prepare
 from launch.report import risen_loss
 from models.lm import LanguageModel
 from tests.trainer.runs import run
-from trainer.config import DataConfig, load_config
+from trainer.config import ConfigError, DataConfig, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.evaluate import ngram_losses
 from trainer.layout import Layout
@@ -106,3 +107,40 @@ def test_a_report_says_when_losses_rose():
     told = risen_loss(lines(2.0, 2.1, None, 3.0, 3.2))
     assert told
     assert "3.100 nats over the last 2 steps, 2.050 over the first" in told
+
+
+@pytest.mark.slow
+def test_held_out_data_may_be_others_and_longer(config_file, tmp_path):
+    """Trained on problems of 3 to 8 symbols, tested on 30: the losses are those of one process."""
+    short = SyntheticSettings("cycle", length=12, distances=(3, 8), train=40, held_out=4)
+    long = SyntheticSettings("cycle", length=36, distances=(8, 30), train=1, held_out=6)
+    prepare_synthetic(short, tmp_path / "short")
+    prepare_synthetic(long, tmp_path / "long")
+    options = [f"data.path={tmp_path / 'short'}", "data.reset_state=false", "train.seq_len=12"]
+    options += [f"evaluate.path={tmp_path / 'long'}", "evaluate.seq_len=36"]
+    options += ["train.steps=1", "optim.learning_rate=1e-30", "evaluate.sequences=6"]
+    run(config_file, 2, *options, "parallel.sp=2")
+    result = json.loads((config_file.parent / "run" / "evaluation.json").read_text())
+    config = load_config(config_file, options)
+    stream = TokenStream(DataConfig(path=str(tmp_path / "long")), "held_out")
+    batch = SequenceReader(stream, Layout(36), False).micro_batch([36 * n for n in range(6)])
+    torch.manual_seed(config.run.seed)
+    with torch.no_grad():
+        logits, _ = LanguageModel(config.model)(batch.tokens)
+    loss = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=-100)
+    assert result["tokens"] == 6
+    assert result["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert [distance for distance, _, _ in result["by_distance"]] == [8, 30]
+    (last,) = result["accuracy_by_position"]
+    assert last == [32, 36, pytest.approx(result["accuracy"])]
+    for wrong, said in (
+        ("evaluate.seq_len=35", r"evaluate\.seq_len: 35 is not the 36 tokens that every sequence"),
+        (f"evaluate.path={tmp_path}", r"evaluate\.path: .* holds no dataset\.json"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(config_file, [*options, wrong])
+    with pytest.raises(ConfigError, match=r"evaluate\.seq_len: 36 is not divisible by parallel"):
+        load_config(config_file, [*options, "parallel.sp=5"])
+    prepare_synthetic(SyntheticSettings("parity", length=36, held_out=6), tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"evaluate\.path: .*are not of one tokenizer \(vocab"):
+        load_config(config_file, [*options, f"evaluate.path={tmp_path / 'other'}"])
