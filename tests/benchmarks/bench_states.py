@@ -6,7 +6,8 @@ Peers: `chunked`; of mamba the authors' reference, `selective_scan_ref` of mamba
 again (their kernel needs CUDA), which is what transformers runs here; of S4D the convolution by FFT
 that S4 is known for. Every one is first held to the chunked form. A share is the bytes of inputs
 read and outputs written once, over time, over torch.add's bytes per second in the same run: these
-scans compute 16 and 32 states for every number that they read, so it says how far that is from free.
+scans compute 16 and 32 states for every number that they read, so it says how far that is from
+free.
 """
 
 import argparse

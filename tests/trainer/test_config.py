@@ -132,8 +132,9 @@ def test_broken_files_are_told(tmp_path, text):
 
 
 def test_configurations_of_the_paper_are_valid():
-    paths = list((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
-    assert len(paths) >= 7
+    configs = Path(__file__).parents[2] / "configs"
+    paths = [path for room in ("paper", "recall") for path in (configs / room).glob("*.yaml")]
+    assert len(paths) >= 10
     for path in paths:
         comparison = load_comparison(path, ["compare.tasks={}"])
         assert {"mingru", "minlstm", "gru", "lstm", "mamba"} <= set(comparison.models), path
