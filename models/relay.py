@@ -21,7 +21,11 @@ class Cell(Protocol):
     """A recurrence with weights of its own, as torch.nn.GRU is one."""
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """y [B, T, H] of u [B, T, D], and the state after it; all of one dtype."""
+        """y [B, T, H] of u [B, T, D], in its dtype, and the state after it, in fp32 or wider.
+
+        What is computed is in the state's dtype: rounded to bf16 at every step, a state would lose
+        what a memory of more than some hundred tokens adds to it.
+        """
 
     def weights(self) -> list[Tensor]:
         """What `run` reads besides."""
@@ -62,13 +66,9 @@ def _pieces(places: list[int], steps: int, reset: Tensor | None) -> Iterator[Pie
 
 
 def entering(state: State, u: Tensor) -> State:
-    """A carry as the cell takes it, in the dtype of its inputs."""
-    return tuple(usable(each).to(u.dtype) for each in state)
-
-
-def leaving(state: State) -> State:
-    """A state as a carry, in fp32 (fp64 stays)."""
-    return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in state)
+    """A carry as the cell takes it: fp32 whatever the inputs, fp64 for fp64."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    return tuple(usable(each).to(dtype) for each in state)
 
 
 def relay(cell: Cell, u: Tensor, carry: State, reset: Tensor | None) -> tuple[Tensor, State]:
@@ -78,4 +78,4 @@ def relay(cell: Cell, u: Tensor, carry: State, reset: Tensor | None) -> tuple[Te
     for piece in cut(reset, u.shape[1], u.shape[1]):
         y, state = cell.run(piece.of(u), piece.clear(state))
         outputs.append(y)
-    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], leaving(state)
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], state

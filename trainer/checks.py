@@ -116,7 +116,7 @@ def data_faults(config: Config) -> Iterator[Fault]:
         if path != other:
             yield from (
                 ("evaluate.path", fault)
-                for fault in _tokenizer_faults([path, other], [info, evaluated])
+                for fault in tokenizer_faults([path, other], [info, evaluated])
             )
 
 
@@ -170,13 +170,14 @@ def _folder_faults(
 
 def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
     """What keeps datasets from being trained on together."""
-    yield from _tokenizer_faults(paths, infos)
+    yield from tokenizer_faults(paths, infos)
     for path, info in zip(paths, infos, strict=True):
         if info.synthetic and len(paths) > 1:
             yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
 
 
-def _tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
+def tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
+    """Where data are not of one tokenizer."""
     for path, info in zip(paths[1:], infos[1:], strict=True):
         for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "end_of_document"):
             ours, first = getattr(info, name), getattr(infos[0], name)

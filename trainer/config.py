@@ -177,9 +177,11 @@ class Config:
         """The same run, with the data and the length at which it is evaluated."""
         data, evaluated = self.data, self.evaluate
         if evaluated.path is not None:
-            data = replace(data, path=evaluated.path)
+            cache = data.cache and f"{data.cache}/held_out"
+            data = replace(data, path=evaluated.path, cache=cache)
         seq_len = evaluated.seq_len or self.train.seq_len
-        return replace(self, data=data, train=replace(self.train, seq_len=seq_len))
+        train = replace(self.train, seq_len=seq_len, segment_len=None)
+        return replace(self, data=data, train=train)
 
     @property
     def accumulation(self) -> int:

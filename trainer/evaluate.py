@@ -130,7 +130,12 @@ def final_result(
         name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, *counted)}
         for name, loss in losses.items()
     }
-    return {**asdict(evaluated), "baselines": baselines}
+    return {**asdict(evaluated), "baselines": baselines, "of": evaluated_on(held_out)}
+
+
+def evaluated_on(held_out: SequenceReader) -> list[Any]:
+    """Which data, and at which length: a result of others is none."""
+    return [held_out.stream.fingerprint, held_out.layout.seq_len]
 
 
 def _position_edges(seq_len: int) -> list[int]:

@@ -18,10 +18,11 @@ from data_prep.blocks import DataError
 from models.flops import parameters
 from models.scan import choose_backend
 from trainer import checkpoint
+from trainer.checks import tokenizer_faults
 from trainer.config import Config
 from trainer.data import SequenceReader, StepBatch, open_split, training_batches
 from trainer.engine import versions
-from trainer.evaluate import Evaluation, evaluate, final_result
+from trainer.evaluate import Evaluation, evaluate, evaluated_on, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
 from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, RunError, compare_replicas
@@ -91,6 +92,10 @@ class _Run:
         self.held_out: SequenceReader | None = None
         if config.evaluate.sequences:
             self.held_out = _reader(worker, config.held_out, "held_out")
+            streams = self.reader.stream, self.held_out.stream
+            pair = [stream.names[0] for stream in streams], [stream.info for stream in streams]
+            if faults := list(tokenizer_faults(*pair)):
+                raise ValueError("\n".join(f"evaluate.path: {fault}" for fault in faults))
         data = self.reader.stream
         self.changed = open_folder(worker, data)
         saved, mirror = find_checkpoint(worker, submission, data)
@@ -156,6 +161,7 @@ class _Run:
         seed_dropout(self.worker, self.step)
         meter, relays = self.topology.sequence.meter, self.topology.sequence.relays
         meter.take()
+        relays.take()
         self.worker.pulse.now("computing")
         loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker)
         exchange_seconds, _ = meter.take()
@@ -260,8 +266,9 @@ class _Run:
         self._end_save(last=True)
         steps = self.config.train.steps
         if self.step == steps and self.held_out:
-            known = self.topology.gather_objects(self.folder.read_result(steps) is not None)[0]
-            if not known:
+            result = self.folder.read_result(steps)
+            mine = result is not None and result.get("of") == evaluated_on(self.held_out)
+            if not self.topology.gather_objects(mine)[0]:
                 if self.evaluated is None:
                     self.evaluate()
                 if self.topology.first and self.evaluated:

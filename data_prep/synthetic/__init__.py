@@ -16,7 +16,7 @@ from data_prep.schema import SPLITS, DatasetInfo
 from data_prep.synthetic.copy import Copy
 from data_prep.synthetic.cycle import Cycle
 from data_prep.synthetic.even_pairs import EvenPairs
-from data_prep.synthetic.kinds import MOST_TOKENS, Recall, Task
+from data_prep.synthetic.kinds import MOST_TOKENS, Task
 from data_prep.synthetic.majority import Majority
 from data_prep.synthetic.mqar import AssociativeRecall
 from data_prep.synthetic.needle import Needle
@@ -111,10 +111,7 @@ def _check(settings: SyntheticSettings) -> None:
             f"--alphabet {settings.alphabet} makes {tokens} different tokens, and they must fit a "
             f"byte: use a smaller one"
         )
-    if settings.length < 2 * kind.scored(settings) + (2 if isinstance(kind, Recall) else 0):
-        raise ValueError(
-            f"--length {settings.length} has no room for {settings.tokens} tokens and their "
-            f"answer: use at least {2 * settings.tokens + 2}"
-        )
+    if settings.length < 2:
+        raise ValueError(f"--length {settings.length}: a sequence has at least two tokens")
     if fault := kind.fault(settings):
         raise ValueError(fault)

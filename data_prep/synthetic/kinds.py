@@ -69,6 +69,14 @@ class Recall(Task):
     def scored(self, settings: SyntheticSettings) -> int:
         return settings.tokens
 
+    def fault(self, settings: SyntheticSettings) -> str | None:
+        if settings.length >= (least := 2 * settings.tokens + 2):
+            return None
+        return (
+            f"--length {settings.length} has no room for {settings.tokens} tokens and their "
+            f"answer: use at least {least}"
+        )
+
     def sequences(
         self, settings: SyntheticSettings, count: int, generator: np.random.Generator
     ) -> Rows:

@@ -22,6 +22,8 @@ class Needle(Recall):
         return settings.alphabet  # as many as the value's own
 
     def fault(self, settings: SyntheticSettings) -> str | None:
+        if fault := super().fault(settings):
+            return fault
         least, most = settings.tokens + 1, settings.length - settings.tokens - 1
         wrong = [d for d in settings.distances if not least <= d <= most]
         if not wrong and settings.distances:

@@ -90,7 +90,8 @@ class Trainings:
         if steps is not None:
             run.train.steps = steps
         # A run of other settings or data is another: it neither resumes this one nor passes for it.
-        described = {**asdict(run), "fingerprint": data_fingerprint(run)}
+        fingerprints = [data_fingerprint(run), data_fingerprint(run.held_out)]
+        described = {**asdict(run), "fingerprints": fingerprints}
         del described["run"]["dir"], described["checkpoint"]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(self.folder / f"{self.label}-{digest}")

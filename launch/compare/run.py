@@ -196,7 +196,8 @@ def _train_all(
                     lost[name] = str(error).strip().splitlines()[-1]
                     show(f"  failed: {error}")
             result = _result(config)
-            return result["loss"] if result else math.inf
+            loss = result["loss"] if result else math.inf
+            return loss if math.isfinite(loss) else math.inf
 
         search = Search(trainings, attempt)
         try:

@@ -25,14 +25,19 @@ class GRU(nn.GRU):
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One call of torch's kernel."""
-        hidden, weights = state[0].unsqueeze(0).contiguous(), self.weights()
-        y, hidden = torch.gru(u, hidden, weights, True, 1, 0.0, self.training, False, True)
-        return y, (hidden[0],)
+        hidden = state[0].unsqueeze(0).contiguous()
+        weights, wide = self.weights_as(hidden.dtype), u.to(hidden.dtype)
+        y, hidden = torch.gru(wide, hidden, weights, True, 1, 0.0, self.training, False, True)
+        return y.to(u.dtype), (hidden[0],)
 
     def weights(self) -> list[Tensor]:
         """In torch's order."""
         names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
         return [self.get_parameter(name) for name in names]
+
+    def weights_as(self, dtype: torch.dtype) -> list[Tensor]:
+        """For what computes in it."""
+        return [weight.to(dtype) for weight in self.weights()]
 
 
 class GRUMixer(RelayMixer):
@@ -54,10 +59,11 @@ class LoopedGRU(GRU):
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         hidden, outputs = state[0], []
-        for step in u.unbind(1):
-            hidden = torch.gru_cell(step, hidden, *self.weights())
+        weights = self.weights_as(hidden.dtype)
+        for step in u.to(hidden.dtype).unbind(1):
+            hidden = torch.gru_cell(step, hidden, *weights)
             outputs.append(hidden)
-        return torch.stack(outputs, dim=1), (hidden,)
+        return torch.stack(outputs, dim=1).to(u.dtype), (hidden,)
 
 
 class LoopedGRUMixer(GRUMixer):

@@ -25,14 +25,19 @@ class LSTM(nn.LSTM):
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One call of torch's kernel."""
-        both, weights = [each.unsqueeze(0).contiguous() for each in state], self.weights()
-        y, hidden, cell = torch.lstm(u, both, weights, True, 1, 0.0, self.training, False, True)
-        return y, (hidden[0], cell[0])
+        both = [each.unsqueeze(0).contiguous() for each in state]
+        weights, wide = self.weights_as(both[0].dtype), u.to(both[0].dtype)
+        y, hidden, cell = torch.lstm(wide, both, weights, True, 1, 0.0, self.training, False, True)
+        return y.to(u.dtype), (hidden[0], cell[0])
 
     def weights(self) -> list[Tensor]:
         """In torch's order."""
         names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
         return [self.get_parameter(name) for name in names]
+
+    def weights_as(self, dtype: torch.dtype) -> list[Tensor]:
+        """For what computes in it."""
+        return [weight.to(dtype) for weight in self.weights()]
 
 
 class LSTMMixer(RelayMixer):
@@ -57,10 +62,11 @@ class LoopedLSTM(LSTM):
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         both, outputs = tuple(state), []
-        for step in u.unbind(1):
-            both = torch.lstm_cell(step, both, *self.weights())
+        weights = self.weights_as(both[0].dtype)
+        for step in u.to(both[0].dtype).unbind(1):
+            both = torch.lstm_cell(step, both, *weights)
             outputs.append(both[0])
-        return torch.stack(outputs, dim=1), both
+        return torch.stack(outputs, dim=1).to(u.dtype), both
 
 
 class LoopedLSTMMixer(LSTMMixer):

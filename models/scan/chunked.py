@@ -7,7 +7,7 @@ take forms of its own.
 
 Where the output is not the state, states are many times as large as all that is read and written.
 Such a scan goes tile by tile, keeps the states that enter the tiles, and makes the others again in
-its backward: none of them is ever whole in memory.
+its backward: in memory are those of a tile, and of every sixteenth step at most.
 """
 
 import math
@@ -23,7 +23,7 @@ from models.scan.span import Decay, Span, span_dtype
 
 asks_autograd = False
 
-TILE_NUMBERS = 1 << 22  # of the states of a tile of steps, 32 MiB of fp64
+TILE_NUMBERS, LEAST_TILE = 1 << 22, 16  # of the states of a tile, 32 MiB of fp64; and steps
 
 
 def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None:
@@ -105,7 +105,7 @@ def _backward(
 
 def _tiles(problem: Problem) -> list[Problem]:
     """The steps cut so that the states of a tile fit a budget."""
-    length = max(1, TILE_NUMBERS // math.prod(problem.state_shape))
+    length = max(LEAST_TILE, TILE_NUMBERS // max(1, math.prod(problem.state_shape)))
     return [problem.part(begin, begin + length) for begin in range(0, problem.steps, length)]
 
 

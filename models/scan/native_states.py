@@ -13,8 +13,10 @@ from models.scan.span import Span
 # states.h knows dtypes, kernels and limits by these numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 FORWARD, SUMMARIZE, BACKWARD, SUMMARIZE_BACKWARD = range(4)
-MOST_INPUTS, TILE, LANES = 8, 64, 16
-GROUP = 128  # channels of a task, at most: they read what they share once
+MOST_INPUTS, TILE = 8, 64
+# channels of a task: they read what they share once. Sums over channels go by groups, so they are
+# the same on any number of threads.
+GROUP = 64
 
 
 class _Arguments(ctypes.Structure):
@@ -68,7 +70,7 @@ def summarize_backward(problem: Problem, grad_y: Tensor) -> Span:
 def backward(problem: Problem, scanned: Scanned, grads: Grads) -> tuple[Inputs, Tensor]:
     """In one pass, the states of a tile made again from the one that entered it."""
     shared, count = _shared(problem), len(problem.inputs) - problem.recurrence.weights
-    groups, _ = _groups(problem)
+    groups = _groups(problem)
     out = []
     for number, x in enumerate(problem.inputs):
         if number >= count:  # a part for each row of the batch
@@ -111,7 +113,6 @@ def _run(problem: Problem, kernel: int, out: Inputs, tensors: dict[str, Tensor])
         )
     if problem.reset is not None:
         tensors = {**tensors, "reset": problem.reset.to(torch.uint8).contiguous()}
-    groups, group = _groups(problem)
     batch, width, states = problem.state_shape
     pointers = ctypes.c_void_p * MOST_INPUTS
     arguments = _Arguments(
@@ -119,8 +120,8 @@ def _run(problem: Problem, kernel: int, out: Inputs, tensors: dict[str, Tensor])
         steps=problem.steps,
         width=width,
         states=states,
-        groups=groups,
-        group=group,
+        groups=_groups(problem),
+        group=GROUP,
         x=pointers(*(x.data_ptr() for x in inputs)),
         out=pointers(*(x.data_ptr() for x in out)),
         threads=torch.get_num_threads(),
@@ -130,13 +131,9 @@ def _run(problem: Problem, kernel: int, out: Inputs, tensors: dict[str, Tensor])
     library.longhaul_scan(kernel, DTYPES[inputs[0].dtype], ctypes.byref(arguments))
 
 
-def _groups(problem: Problem) -> tuple[int, int]:
-    """How many groups of channels there are, and channels in each: a task for every thread."""
-    batch, width = problem.state_shape[:2]
-    wanted = max(-(-width // GROUP), -(-torch.get_num_threads() // max(1, batch)))
-    channels = -(-width // wanted)
-    group = -(-channels // LANES) * LANES
-    return -(-width // group), group
+def _groups(problem: Problem) -> int:
+    """How many groups of channels there are."""
+    return -(-problem.state_shape[1] // GROUP)
 
 
 def _shared(problem: Problem) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from models.scan.span import Span
 NUMBERS = 256  # of the states of a program, real ones; half as many complex ones
 TILE = 64  # steps
 CHUNKS = 256  # at most, of multiples of TILE: a program composes them one after another
+BUSY_PROGRAMS = 4096  # no more chunks than make so many of them: each has maps of its own in memory
 PROGRAMS = 1024  # of a backward that run at once, at most: each has a scratch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -73,7 +74,8 @@ class _Call:
     @property
     def chunk(self) -> int:
         tiles = -(-self.problem.steps // TILE)
-        return TILE * -(-tiles // CHUNKS)
+        wanted = BUSY_PROGRAMS // max(1, self.problem.batch * self.blocks)
+        return TILE * -(-tiles // max(1, min(CHUNKS, wanted)))
 
     @property
     def chunks(self) -> int:

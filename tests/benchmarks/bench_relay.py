@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
     options = parser.parse_args()
-    rows = measured(512, (2,), 1) if options.quick else measured(16384, (100, 400), 3)
+    rows = measured(512, (2,), 1) if options.quick else measured(16384, (200,), 3)
     text = "# The relay of GRU and LSTM over shards\n\n" + results.circumstances()
     text += (
         f"\nOne layer, H = {WIDTH}, fp32, one thread a rank, shards of 16,384 tokens, forward and "

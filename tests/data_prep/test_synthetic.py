@@ -76,6 +76,8 @@ def test_same_settings_are_found_again_and_others_refused(tmp_path):
         (["mqar", "--length", "60"], "use at least 64"),
         (["cycle", "--length", "40", "--distances", "3..39"], "--distances 39"),
         (["cycle"], "--distances is empty"),
+        (["parity", "--length", "1"], "at least two tokens"),
+        (["s5", "--alphabet", "1"], "use 2 to 120"),
         (["copy", "--train", "0"], "must be positive"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.once import once
-from models.relay import Cell, Piece, State, cut, entering, leaving
+from models.relay import Cell, Piece, State, cut, entering
 from models.reset import check_reset
 from trainer.parallel.sequence_group import SequenceGroup
 
@@ -41,7 +41,7 @@ class RelayExchange:
         pieces, state = cut(reset, u.shape[1], PIECE_TOKENS), entering(carry, u)
         run = _Run(cell, pieces, len(state))
         y, *last = _Relay.apply(self, run, u, *state, *cell.weights())
-        return y, leaving(tuple(last))
+        return y, tuple(last)
 
     def settle(self, mine: "_Track", fixed: Tensor, first: int) -> list[Tensor]:
         """Rounds until what enters every rank is what its neighbour gives: what all then give.
@@ -60,9 +60,10 @@ class RelayExchange:
             rerun, residual, scales = gathered[:, fixed.numel() :].unbind(1)
             group.relays.add(number, int(rerun.max()), float(residual.max()))
             arriving = [fixed if rank == first else given[rank - step] for rank in ranks]
-            wrong = [
-                not mine.same(arriving[rank], used[rank], float(scales[rank])) for rank in ranks
-            ]
+            off = [mine.distance(arriving[r], used[r], float(scales[r])) for r in ranks]
+            wrong = [not distance <= mine.tolerance for distance in off]
+            passed = max((d for d, w in zip(off, wrong, strict=True) if not w), default=0.0)
+            self.group.relays.add(number, 0, passed)
             # as far from `first` as rounds were made, all is right, or not a number
             if not any(wrong) or number == group.size:
                 break
@@ -85,7 +86,8 @@ class _Run:
 class _Track:
     """What a rank has run of a relay, and what it gives on."""
 
-    def __init__(self) -> None:
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance  # of `distance`
         self.rerun_tokens, self.residual, self.scale = 0, 0.0, 0.0
 
     def run(self, arriving: Tensor) -> None:
@@ -96,8 +98,8 @@ class _Track:
         """As much as changes, now that another one arrives."""
         raise NotImplementedError
 
-    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
-        """Whether nothing need be run again, on a rank of that scale."""
+    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
+        """How far apart two are that could arrive, at a rank of that scale."""
         raise NotImplementedError
 
     def given(self) -> Tensor:
@@ -116,8 +118,8 @@ class _States(_Track):
     """Forward: the states that enter the pieces, and the outputs."""
 
     def __init__(self, run: _Run, u: Tensor, tolerance: float) -> None:
-        super().__init__()
-        self.of, self.u, self.tolerance = run, u, tolerance
+        super().__init__(tolerance)
+        self.of, self.u = run, u
         self.entered: list[State] = []  # one for each piece
         self.outputs: list[Tensor] = []
         self.left: State = ()
@@ -136,18 +138,17 @@ class _States(_Track):
         for number, piece in enumerate(self.of.pieces):
             state = piece.clear(state)
             kept = self.entered[number]
-            if self.same(torch.stack(state), torch.stack(kept), 1.0):
-                self.residual = max(self.residual, _distance(state, kept))
+            distance = self.distance(torch.stack(state), torch.stack(kept), 1.0)
+            if distance <= self.tolerance:
+                self.residual = max(self.residual, distance)
                 return
             self.entered[number] = state
             self.outputs[number], state = self.of.cell.run(piece.of(self.u), state)
             self.rerun_tokens += piece.end - piece.begin
         self.left = state
 
-    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
-        if not self.tolerance:
-            return torch.equal(one, other)
-        return bool((one - other).abs().max() <= self.tolerance)
+    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
+        return 0.0 if torch.equal(one, other) else _largest(one - other)
 
     def given(self) -> Tensor:
         return torch.stack(self.left)
@@ -157,14 +158,13 @@ class _Flow(_Track):
     """Backward: the gradients of inputs and weights, and the flow from right to left.
 
     The flow is linear in what arrives from the right. When another gradient arrives, the difference
-    alone is carried on, until it is below a rounding of the gradient it is added to.
+    alone is carried on, until it is below a rounding of the largest flow of the shard.
     """
 
     def __init__(self, run: _Run, u: Tensor, entered: list[State], grad_y: Tensor) -> None:
-        super().__init__()
-        self.of, self.u, self.entered, self.grad_y = run, u, entered, grad_y
         wide = torch.promote_types(u.dtype, torch.float32)
-        self.rounding = torch.finfo(wide).eps
+        super().__init__(torch.finfo(wide).eps)
+        self.of, self.u, self.entered, self.grad_y = run, u, entered, grad_y
         self.grad_u = torch.zeros_like(u)
         self.learning = [w for w in run.cell.weights() if w.requires_grad]
         self.grad_weights = [torch.zeros_like(w, dtype=wide) for w in self.learning]
@@ -172,20 +172,20 @@ class _Flow(_Track):
 
     def run(self, arriving: Tensor) -> None:
         flow = tuple(arriving)
-        self.scale = _largest(flow)
+        self.scale = _largest(arriving)
         for number in reversed(range(len(self.of.pieces))):
             piece = self.of.pieces[number]
             flow = self._back(number, flow, piece.of(self.grad_y))
-            self.scale = max(self.scale, _largest(flow))
+            self.scale = max(self.scale, _largest(torch.stack(flow)))
         self.used, self.left = arriving, torch.stack(flow)
 
     def rerun(self, arriving: Tensor) -> None:
         flow = tuple(arriving - self.used)
         self.used = arriving
-        least = self.rounding * max(self.scale, _largest(tuple(arriving)))
+        scale = max(self.scale, _largest(arriving))
         for number in reversed(range(len(self.of.pieces))):
-            if (largest := _largest(flow)) <= least:
-                self.residual = max(self.residual, largest / max(self.scale, 1e-30))
+            if (largest := _largest(torch.stack(flow))) <= self.tolerance * scale:
+                self.residual = max(self.residual, largest / scale if scale else 0.0)
                 return
             piece = self.of.pieces[number]
             flow = self._back(number, flow, None)
@@ -207,9 +207,10 @@ class _Flow(_Track):
             total.add_(grad)
         return piece.clear(found[1 : 1 + len(state)])
 
-    def same(self, one: Tensor, other: Tensor, scale: float) -> bool:
-        least = self.rounding * max(scale, _largest(tuple(one)))
-        return bool((one - other).abs().max() <= least)
+    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
+        """As a share of the largest flow there."""
+        largest = _largest(one - other)
+        return largest / max(scale, _largest(one)) if largest else 0.0
 
     def given(self) -> Tensor:
         return self.left
@@ -244,9 +245,5 @@ class _Relay(torch.autograd.Function):
         return None, None, flow.grad_u, *given[0], *of_weights
 
 
-def _largest(state: State) -> float:
-    return float(torch.stack(state).abs().max())
-
-
-def _distance(state: State, other: State) -> float:
-    return float((torch.stack(state) - torch.stack(other)).abs().max())
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

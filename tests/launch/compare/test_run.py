@@ -263,6 +263,7 @@ def test_the_next_rate():
     assert beyond({1e-3: 1.0, 3e-3: 2.0}) == 3.33e-4
     assert beyond({1e-3: 2.0, 3e-3: 1.0, 9e-3: math.inf}) is None
     assert beyond({1e-3: math.inf}) == 3.33e-4
+    assert beyond({1e-3: math.inf, 3e-3: 2.0, 1e-2: math.inf}) is None
 
 
 def test_crossing_is_told_as_it_is():

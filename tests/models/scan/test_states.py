@@ -58,6 +58,7 @@ def test_a_tile_is_as_good_as_the_whole(name, monkeypatch):
     h0, reset = _h0(recurrence, inputs), make_reset(2, 50, "random")
     whole = outputs_and_gradients(recurrence, inputs, h0, reset, "chunked")
     monkeypatch.setattr("models.scan.chunked.TILE_NUMBERS", 7 * 2 * 3 * 4)
+    monkeypatch.setattr("models.scan.chunked.LEAST_TILE", 1)
     tiled = outputs_and_gradients(recurrence, inputs, h0, reset, "chunked")
     for got, want in zip(tiled, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
@@ -122,7 +123,8 @@ def test_no_state_of_every_step_is_in_memory(name):
 
 def _check_shards(backend: str, shard: int) -> int:
     """On every rank: shards of a sequence give what the whole gives, and so do its gradients."""
-    group = Topology(torch.distributed.get_world_size()).sequence
+    topology = Topology(torch.distributed.get_world_size())
+    group = topology.sequence
     mine, checked = slice(group.rank * shard, (group.rank + 1) * shard), 0
     for recurrence in STATES.values():
         for where in ("none", "random"):
@@ -154,6 +156,7 @@ def _check_shards(backend: str, shard: int) -> int:
             for actual, reference in zip([got_y, got_last, *got], expected, strict=True):
                 torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
             checked += 1
+    topology.destroy()  # its threads would stay in processes that serve other tests
     return checked
 
 

@@ -1,5 +1,8 @@
 """GRU and LSTM over shards against torch's own layers over the whole sequence."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from models.relay import cut, relay
 from tests.distributed import run_distributed
 from tests.models.scan.cases import make_reset
 from trainer.parallel.relay import PIECE_TOKENS, RelayExchange
-from trainer.parallel.sequence_group import RelayMeter
+from trainer.parallel.sequence_group import RelayMeter, SequenceGroup
 from trainer.parallel.sharded import ShardedOps
 from trainer.parallel.topology import Topology
 
@@ -50,9 +53,16 @@ def _torchs_own(layer: GRU | LSTM, u: Tensor, carry: tuple[Tensor, ...]) -> tupl
     return y, [each[0] for each in last], list(own.parameters())
 
 
-def _compare(name: str, shard: int, memory: float, where: str) -> RelayMeter:
+@contextmanager
+def _group() -> Iterator[SequenceGroup]:
+    """All ranks. Its threads would stay in processes that serve other tests too."""
+    topology = Topology(sp_size=torch.distributed.get_world_size())
+    yield topology.sequence
+    topology.destroy()
+
+
+def _compare(group: SequenceGroup, name: str, shard: int, memory: float, where: str) -> RelayMeter:
     """On every rank: outputs, states and every gradient of the shards equal those of the whole."""
-    group = Topology(sp_size=torch.distributed.get_world_size()).sequence
     layer, tokens = _layer(name, memory), shard * group.size
     u, carry = _leaves(layer, tokens)
     mine = slice(group.rank * shard, (group.rank + 1) * shard)
@@ -90,10 +100,11 @@ def _compare(name: str, shard: int, memory: float, where: str) -> RelayMeter:
 
 def _check_all(name: str) -> int:
     shards, checked = (1, 7, 2 * PIECE_TOKENS + 9), 0
-    for shard in shards:
-        for where in ("none", "start", "edges", "shard edges", "random"):
-            _compare(name, shard, memory=12.0, where=where)
-            checked += 1
+    with _group() as group:
+        for shard in shards:
+            for where in ("none", "start", "edges", "shard edges", "random"):
+                _compare(group, name, shard, memory=12.0, where=where)
+                checked += 1
     return checked
 
 
@@ -104,17 +115,27 @@ def test_relay_over_ranks_equals_the_whole(name, ranks):
     assert run_distributed(_check_all, ranks, name) == [15] * ranks
 
 
+def _remember(name: str) -> RelayMeter:
+    with _group() as group:
+        return _compare(group, name, 80, 1e5, "none")
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_cell_that_does_not_forget_takes_the_plain_relay(name):
     """Memories far longer than a shard: as many rounds as ranks, and as exact."""
-    meters = run_distributed(_compare, 3, name, 80, 1e5, "none")
+    meters = run_distributed(_remember, 3, name)
     assert [meter.rounds for meter in meters] == [3, 3, 3]
     assert meters[0].rerun_tokens == meters[1].rerun_tokens == 4 * 80  # two more, both ways
 
 
 def _fall_together(name: str, tolerance: float) -> tuple[bool, RelayMeter]:
     """In fp32: whether it is equal to the bit to the plain relay with the same pieces."""
-    group, shard = Topology(sp_size=2).sequence, 16 * PIECE_TOKENS
+    with _group() as group:
+        return _fall_together_in(group, name, tolerance)
+
+
+def _fall_together_in(group: SequenceGroup, name: str, tolerance: float) -> tuple[bool, RelayMeter]:
+    shard = 16 * PIECE_TOKENS
     layer = _layer(name, 60.0, torch.float32)
     u, carry = _leaves(layer, shard * 2)
     plain, state = [], carry
@@ -143,6 +164,35 @@ def test_it_runs_again_only_until_states_fall_together(name):
     (_, near), _ = run_distributed(_fall_together, 2, name, 1e-3)
     assert near.rerun_tokens < exact.rerun_tokens
     assert 0 < near.residual <= 1e-3
+
+
+def _believe(name: str) -> RelayMeter:
+    """With a tolerance so large that no guess is wrong."""
+    with _group() as group:
+        layer = _layer(name, 12.0)
+        u, carry = _leaves(layer, 40)
+        mine = slice(group.rank * 20, (group.rank + 1) * 20)
+        RelayExchange(group, 10.0).relay(layer, u[:, mine], carry, None)
+        return group.relays.take()
+
+
+def test_what_passes_for_the_same_is_told():
+    for meter in run_distributed(_believe, 2, "gru"):
+        assert (meter.rounds, meter.rerun_tokens) == (1, 0)
+        assert 0.01 < meter.residual < 10
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_states_stay_in_fp32_where_inputs_are_bf16(name):
+    """Memories of 400 tokens: rounded to bf16 at every step, a state would be lost."""
+    layer = _layer(name, 400.0, torch.float32)
+    u, carry = _leaves(layer, 1200)
+    exact = relay(layer, u.bfloat16().float(), carry, None)
+    y, last = relay(layer, u.bfloat16(), carry, None)
+    assert y.dtype == torch.bfloat16
+    for got, want in zip(last, exact[1], strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def _planted(name: str) -> None:
