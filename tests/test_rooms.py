@@ -28,7 +28,11 @@ DOORS = {
     "ray": ("launch/gang.py", "launch/driver.py", "launch/doctor.py", "launch/compare/cells.py"),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
-    "triton": ("models/scan/kernels/loops.py", "models/scan/recurrences/*/triton.py"),
+    "triton": (
+        "models/scan/kernels/loops.py",
+        "models/scan/kernels/states.py",
+        "models/scan/recurrences/*/triton.py",
+    ),
     "fsspec": ("trainer/storage.py", "data_prep/sources/storage.py", "data_prep/remote.py"),
     "deepspeed": ("trainer/engine.py", "trainer/reshape.py"),
     "streaming": ("data_prep/mds.py",),
