@@ -14,7 +14,8 @@ HYBRID = ["mingru", "mingru", "window"]
 @pytest.mark.parametrize("by", ["width", "layers"])
 @pytest.mark.parametrize("mixer", [*MIXERS, HYBRID], ids=str)
 def test_parameters_agree_within_two_percent(mixer, by):
-    config = ModelConfig(mixer=mixer, layers=6, width=96, heads=4, kv_heads=1)
+    start = {"width": {"layers": 6, "width": 400}, "layers": {"layers": 30, "width": 96}}[by]
+    config = ModelConfig(mixer=mixer, heads=4, kv_heads=1, **start)
     solved = match_parameters(config, 1_000_000, by)
     exact = sum(p.numel() for p in LanguageModel(solved).parameters())
     assert exact == parameters(solved)
