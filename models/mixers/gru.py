@@ -3,25 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from models.mixer import SequenceOps
-from models.mixers.recurrent import RelayMixer
+from models.mixers.recurrent import RelayMixer, TorchCell
 from models.relay import State
 
 
-class GRU(nn.GRU):
-    """torch.nn.GRU(fan_in, H), one layer, batch first, as a `models.relay.Cell`.
-
-    Called like a mixer's part, so that whoever gathers weights by module finds them in use.
-    """
+class GRU(TorchCell, nn.GRU):  # type: ignore[misc]  # it is called with other arguments
+    """torch.nn.GRU(fan_in, H), one layer, batch first."""
 
     def __init__(self, fan_in: int, state_width: int) -> None:
         super().__init__(fan_in, state_width, batch_first=True)
-
-    def forward(  # type: ignore[override]
-        self, u: Tensor, state: State, reset: Tensor | None, ops: SequenceOps
-    ) -> tuple[Tensor, State]:
-        """h [B, T, H] of u [B, T, D], and the state that leaves."""
-        return ops.relay(self, u, state, reset)
 
     def run(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One call of torch's kernel."""
@@ -29,15 +19,6 @@ class GRU(nn.GRU):
         weights, wide = self.weights_as(hidden.dtype), u.to(hidden.dtype)
         y, hidden = torch.gru(wide, hidden, weights, True, 1, 0.0, self.training, False, True)
         return y.to(u.dtype), (hidden[0],)
-
-    def weights(self) -> list[Tensor]:
-        """In torch's order."""
-        names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
-        return [self.get_parameter(name) for name in names]
-
-    def weights_as(self, dtype: torch.dtype) -> list[Tensor]:
-        """For what computes in it."""
-        return [weight.to(dtype) for weight in self.weights()]
 
 
 class GRUMixer(RelayMixer):

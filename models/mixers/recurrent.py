@@ -1,12 +1,15 @@
 """The layer around a recurrence: convolution -> recurrence -> gate -> projection."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.layers import CausalConv, Linear
-from models.mixer import Carry, SequenceMixer
+from models.mixer import Carry, SequenceMixer, SequenceOps
+from models.relay import Cell, State
 from models.scan import Recurrence
 
 
@@ -106,6 +109,28 @@ class ScanMixer(RecurrentMixer):
     def recur(self, u: Tensor, state: Carry, reset: Tensor | None) -> tuple[Tensor, Carry]:
         h, leaving = self.ops.scan(self.recurrence, (self.preactivations(u),), state[0], reset)
         return h, (leaving,)
+
+
+class TorchCell(nn.Module):
+    """A layer of torch's, one layer and one direction, as a `models.relay.Cell`; it brings `run`.
+
+    Called like a mixer's part, so that whoever gathers weights by module finds them in use.
+    """
+
+    def forward(
+        self, u: Tensor, state: State, reset: Tensor | None, ops: SequenceOps
+    ) -> tuple[Tensor, State]:
+        """h [B, T, H] of u [B, T, D], and the state that leaves."""
+        return ops.relay(cast(Cell, self), u, state, reset)
+
+    def weights(self) -> list[Tensor]:
+        """In torch's order."""
+        names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+        return [self.get_parameter(name) for name in names]
+
+    def weights_as(self, dtype: torch.dtype) -> list[Tensor]:
+        """For what computes in it."""
+        return [weight.to(dtype) for weight in self.weights()]
 
 
 class RelayMixer(RecurrentMixer):
