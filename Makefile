@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall paper-data recall-data test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -58,6 +58,10 @@ paper-data: setup
 		$(TASK) $$task --alphabet 4 --out data/paper/$${task}_256 --length 258 \
 			--distances 40,64,128,256 --train 1 --held-out 512 || exit 1; \
 	done
+
+# What configs/paper/hopper.yaml trains on: ten to twenty minutes on one core.
+rl-data: setup
+	$(RUN) -m data_prep.trajectories Hopper-v5 --out data/paper/hopper
 
 # What configs/recall trains on, 256 to 65,536 tokens: 0.3 GB, made in a minute or two.
 recall-data: setup
@@ -114,7 +118,7 @@ $(VENV)/.installed: requirements.lock
 # Write the lock file anew from pyproject.toml.
 lock: setup
 	$(RUN) -m pip install --quiet uv
-	$(RUN) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	$(RUN) -m uv pip compile pyproject.toml --extra dev --extra rl --universal --python-version 3.11 \
 		--generate-hashes --no-header --quiet --output-file requirements.lock
 
 clean:

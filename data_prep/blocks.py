@@ -59,7 +59,7 @@ class Blocks:
         self._spanner = Spanner(np.array([shard.samples for shard in self._shards]))
 
     def read(self, index: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """A block's tokens [block_size], and where documents start in it.
+        """A block's tokens [block_size, *token_shape], and where documents start in it.
 
         Raises DataError naming the file and the block that cannot be read.
         """
@@ -122,7 +122,7 @@ def _fetch_info(remote: str, cache: Path) -> DatasetInfo:
                 )
             info.unlink()
         else:
-            if json.loads(info.read_text())["tokenizer"] != "bytes":
+            if json.loads(info.read_text())["tokenizer"] not in ("bytes", "none"):
                 fetch(TOKENIZER_NAME).replace(cache / TOKENIZER_NAME)
             info.replace(cache / INFO_NAME)  # last: it says that the rest is there
     return load_info(cache)

@@ -31,9 +31,9 @@ class Streams:
     """The tokens of all parts, one part after another, by split."""
 
     def __init__(
-        self, parts: list[Path], dtype: str, held_out: float, tokenizer: Tokenizer
+        self, parts: list[Path], info: DatasetInfo, held_out: float, tokenizer: Tokenizer
     ) -> None:
-        self._parts, self._dtype, self._tokenizer = parts, dtype, tokenizer
+        self._parts, self._info, self._tokenizer = parts, info, tokenizer
         tables = [read_table(part)[0] for part in parts]
         self._sizes = [len(table.lengths) for table in tables]
         self._table = Table.joined([*tables, Table.of([])])
@@ -54,7 +54,7 @@ class Streams:
         """A split, some million tokens at a time."""
         stretch, begun = 0, -1  # the last document that has begun in this split
         for part, size in zip(self._parts, self._sizes, strict=True):
-            tokens = read_tokens(part, self._dtype)
+            tokens = read_tokens(part, self._info.dtype, self._info.token_shape)
             ends = np.cumsum(self._table.lengths[stretch : stretch + size])
             first = 0
             while first < size:
@@ -125,7 +125,7 @@ def _blocks(
 ) -> Iterator[tuple[NDArray[Any], bytes]]:
     """The blocks, and the document starts in each; fills `counts` on the way."""
     size = info.block_size
-    rest = np.empty(0, info.dtype)
+    rest = np.empty((0, *info.token_shape), info.dtype)
     rest_starts = np.empty(0, np.int64)
     for chunk in stream:
         counts.documents += len(chunk.starts)
@@ -140,6 +140,6 @@ def _blocks(
             yield tokens[begin : begin + size], inside.astype("<u4").tobytes()
         rest, rest_starts = tokens[whole:], starts[starts >= whole] - whole
     if len(rest):
-        padded = np.zeros(size, info.dtype)
+        padded = np.zeros((size, *info.token_shape), info.dtype)
         padded[: len(rest)] = rest
         yield padded, rest_starts.astype("<u4").tobytes()

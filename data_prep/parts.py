@@ -89,9 +89,9 @@ def read_table(path: Path) -> tuple[Table, Told]:
         return Table(**{name: arrays[name] for name in arrays.files if name != "told"}), told
 
 
-def read_tokens(path: Path, dtype: str) -> NDArray[Any]:
-    """All of a part's tokens, from the disk as they are needed."""
+def read_tokens(path: Path, dtype: str, shape: tuple[int, ...] = ()) -> NDArray[Any]:
+    """All of a part's tokens, [tokens, *shape], from the disk as they are needed."""
     tokens = path.with_suffix(".tokens")
     if not tokens.stat().st_size:
-        return np.empty(0, dtype)
-    return np.memmap(tokens, dtype, "r")
+        return np.empty((0, *shape), dtype)
+    return np.memmap(tokens, dtype, "r").reshape(-1, *shape)

@@ -9,6 +9,7 @@
 A split is one stream of tokens, its documents one after another, cut into blocks of `block_size`
 tokens; a sample of the MDS files is a block. The last block is padded with zeros up to the size.
 So data written once trains at any sequence length, and a reader touches only the blocks it needs.
+A token is a number, or a frame of several (task.TrajectoryInfo).
 
 What is read is what was written, in its place: dataset.json has a digest of itself and those of
 tokenizer and indices, an index has those of its files, and a block's checksum is of its split and
@@ -23,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import file_sha256, write_whole
-from data_prep.task import SyntheticInfo
+from data_prep.task import SyntheticInfo, TrajectoryInfo
 
 VERSION = 2
 READ = (1, 2)  # of version 1 a block's checksum does not know its place, and nothing has a digest
 INFO_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "held_out")
-DTYPES = ("uint8", "uint16", "uint32")
+DTYPES = ("uint8", "uint16", "uint32", "float32")  # the last of frames alone
 
 
 @dataclass
@@ -48,26 +49,33 @@ class SplitInfo:
 class DatasetInfo:
     """Everything a reader must know besides the blocks themselves."""
 
-    tokenizer: str  # "bytes", or the name of the tokenizer file that was given
-    vocab_size: int
+    tokenizer: str  # "bytes", the name of the tokenizer file that was given; of frames "none"
+    vocab_size: int  # of frames 1
     block_size: int  # tokens per block
     dtype: str  # numpy name of a token's type
     fingerprint: str  # sha256 of the sources' names and content, and of all settings
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     version: int = VERSION
     synthetic: SyntheticInfo | None = None
+    trajectories: TrajectoryInfo | None = None
     tokenizer_sha256: str = ""
     end_of_document: int | None = None  # the token after every document
     left_out: list[str] = field(default_factory=list)  # faulty records, by place and reason
     changed_texts: int = 0  # whose tokens do not decode to them, where that was allowed
     digest: str = ""  # of all that stands above
 
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """() of a number, (numbers,) of a frame."""
+        return (self.trajectories.width,) if self.trajectories else ()
+
     def columns(self) -> dict[str, str]:
         """MDS columns: the block's tokens, where documents start in it, and a checksum of both."""
+        shape = ",".join(map(str, (self.block_size, *self.token_shape)))
         return {
             "crc32": "uint32",
             "starts": "bytes",  # little-endian uint32 offsets into the block
-            "tokens": f"ndarray:{self.dtype}:{self.block_size}",
+            "tokens": f"ndarray:{self.dtype}:{shape}",
         }
 
     def checksum(self, split: str, block: int, tokens: bytes, starts: bytes) -> int:
@@ -110,7 +118,7 @@ def load_info(folder: str | Path) -> DatasetInfo:
             f"{path} is not what data_prep writes ({error}): prepare the data again"
         ) from None
     tokenizer = Path(folder) / TOKENIZER_NAME
-    if info.tokenizer != "bytes" and not tokenizer.is_file():
+    if info.tokenizer not in ("bytes", "none") and not tokenizer.is_file():
         raise ValueError(f"{tokenizer} is missing: prepare the data again")
     if info.tokenizer_sha256 and file_sha256(tokenizer) != info.tokenizer_sha256:
         raise ValueError(
@@ -135,6 +143,8 @@ def _parsed(raw: dict[str, Any]) -> DatasetInfo:
     info = DatasetInfo(**raw)
     info.splits = {name: SplitInfo(**split) for name, split in raw["splits"].items()}
     info.synthetic = SyntheticInfo(**raw["synthetic"]) if raw.get("synthetic") else None
+    frames = raw.get("trajectories")
+    info.trajectories = TrajectoryInfo(**frames) if frames else None
     counts = [("vocab_size", info.vocab_size), ("block_size", info.block_size)]
     for name, split in info.splits.items():
         for key in ("documents", "tokens", "blocks", "text_bytes"):
@@ -145,7 +155,7 @@ def _parsed(raw: dict[str, Any]) -> DatasetInfo:
         least = 0 if "." in key else 1
         if type(value) is not int or value < least:
             raise ValueError(f"{key} is {value!r}")
-    if info.dtype not in DTYPES:
+    if info.dtype not in DTYPES or (info.dtype == "float32") != bool(info.trajectories):
         raise ValueError(f"dtype is {info.dtype!r}")
     return info
 

@@ -48,7 +48,11 @@ def _recounted(folder: Path, split: str, info: DatasetInfo, progress: bool) -> l
             faults.append(str(error))
             continue
         documents += len(starts)
-        largest = max(largest, int(tokens.max()))
+        if info.trajectories:
+            if not np.isfinite(tokens).all():
+                faults.append(f"{root}: block {index} holds numbers that are not finite")
+        else:
+            largest = max(largest, int(tokens.max()))
         if index == stated.blocks - 1 and np.any(tokens[max(last, 0) :]):
             faults.append(f"{root} holds more tokens than dataset.json says, {stated.tokens}")
     if not 0 < last <= info.block_size:

@@ -117,7 +117,7 @@ def _write(
     )
     say = tell or (lambda line: None)
     partial = out.with_name(out.name + ".partial")
-    with _only_writer(partial, out):
+    with only_writer(partial, out):
         keys = (_piece_key(piece, planned.described) for piece in planned.pieces)
         parts = [partial / "parts" / f"{i:06}-{key}.npz" for i, key in enumerate(keys)]
         path = getattr(planned.tokenizer, "path", "bytes")
@@ -137,7 +137,7 @@ def _write(
 
 
 @contextmanager
-def _only_writer(partial: Path, out: Path) -> Iterator[None]:
+def only_writer(partial: Path, out: Path) -> Iterator[None]:
     """Be the only one that prepares `out`. Raises ValueError where another is, or nobody can."""
     try:
         (partial / "parts").mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def seal_dataset(
 ) -> Streams:
     """Pack the parts into `partial`, complete `info`, and rename the folder to what it is now."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    streams = Streams(parts, info.dtype, settings.held_out, tokenizer)
+    streams = Streams(parts, info, settings.held_out, tokenizer)
     for split in SPLITS:
         folder = partial / split
         info.splits[split] = pack(streams.of(split), info, split, folder, settings.shard_bytes)

@@ -30,9 +30,8 @@ class Progress:
                 self._start(event)
             case Stepped(step, _, metrics):
                 self._advance(step, metrics)
-            case Evaluated(step, loss, bits):
-                losses = f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
-                self._write(f"step {step}: {losses}")
+            case Evaluated(step):
+                self._write(f"step {step}: {event}")
             case Warned(message):
                 self._write(f"warning: {message}")
 

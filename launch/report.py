@@ -23,7 +23,8 @@ class _Record:
     metrics: list[Line]
     evaluations: list[Line]
     result: Line | None  # the final evaluation, if the last step has one
-    sample: tuple[str, str]  # the start of a text, and what the model makes of it
+    # the start of a text, and what the model makes of it; None of a decision model
+    sample: tuple[str, str] | None
 
 
 def write_report(folder: RunFolder) -> str:
@@ -38,25 +39,29 @@ def write_report(folder: RunFolder) -> str:
         metrics,
         read_lines(folder.evaluations),
         folder.read_result(metrics[-1]["step"]),
-        _sample(folder, config),
+        None if config.model.of_frames else _sample(folder, config),
     )
-    prompt, continuation = run.sample
-    write_whole(folder.samples, f"{prompt}\n>>> continued by the model:\n{continuation}\n")
+    told = [_summary(run)]
+    if run.sample:
+        prompt, continuation = run.sample
+        write_whole(folder.samples, f"{prompt}\n>>> continued by the model:\n{continuation}\n")
+        told.append(
+            f"Sampled continuation ({folder.samples} has it all):\n{_indent(continuation[:400])}"
+        )
     _plot(run)
     write_whole(folder.report, "\n".join([*_page(run), ""]))
-    commands = "\n".join(f"  {command}" for command in _commands(folder))
-    return (
-        f"{_summary(run)}\n\nSampled continuation ({folder.samples} has it all):\n"
-        f"{_indent(continuation[:400])}\n\nReport and curve: {folder.report}, {folder.curve}\n"
-        f"Go on with:\n{commands}"
-    )
+    commands = "\n".join(f"  {command}" for command in _commands(run))
+    told.append(f"Report and curve: {folder.report}, {folder.curve}\nGo on with:\n{commands}")
+    return "\n\n".join(told)
 
 
-def _commands(run: RunFolder) -> list[str]:
+def _commands(run: _Record) -> list[str]:
+    folder = run.folder
+    use = f'generate {folder.path} --prompt "import os"' if run.sample else f"rollout {folder.path}"
     return [
-        f"tensorboard --logdir {run.tensorboard}",
-        f"python -m launch train {run.config} train.steps=N    # resume, and train longer",
-        f'python -m launch generate {run.path} --prompt "import os"',
+        f"tensorboard --logdir {folder.tensorboard}",
+        f"python -m launch train {folder.config} train.steps=N    # resume, and train longer",
+        f"python -m launch {use}",
     ]
 
 
@@ -71,12 +76,21 @@ def _summary(run: _Record) -> str:
     if risen := risen_loss(run.metrics):
         lines.append(f"warning: {risen}")
     if run.result:
-        lines.append(f"\nHeld-out loss on {run.result['tokens']:,} tokens:")
-        lines += [
-            f"  {name:<8} {row['loss']:.4f} nats   {row['bits_per_byte']:.4f} bits per byte"
-            for name, row in _models(run)
-        ]
+        lines.append(f"\nHeld-out {_unit(run)} on {run.result['tokens']:,} tokens:")
+        for name, row in _models(run):
+            bits = row["bits_per_byte"]
+            told = "" if bits is None else f"   {bits:.4f} bits per byte"
+            lines.append(f"  {name:<8} {row['loss']:.4f}{told}")
+        if played := run.result.get("rollouts"):
+            lines.append(
+                f"Normalised score in {played['environment']}: {played['score']:.1f}, mean of "
+                f"{len(played['returns'])} episodes"
+            )
     return "\n".join(lines)
+
+
+def _unit(run: _Record) -> str:
+    return "squared error of actions" if run.config.model.of_frames else "loss, nats per token,"
 
 
 def risen_loss(metrics: list[Line]) -> str | None:
@@ -120,17 +134,7 @@ def _page(run: _Record) -> Iterator[str]:
         yield from (
             "## Held-out loss",
             "",
-            f"On {run.result['tokens']:,} tokens of documents that were not trained on; the n-gram "
-            f"models are counted on the training split and measured on the same tokens.",
-            "",
-            *table(
-                "model",
-                ("nats per token", "bits per byte"),
-                [
-                    (name, (f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}"))
-                    for name, row in _models(run)
-                ],
-            ),
+            *(_losses(run) if run.sample else _earned(run)),
             *(
                 table(
                     "source",
@@ -145,16 +149,51 @@ def _page(run: _Record) -> Iterator[str]:
             ),
             *table(
                 "position in the sequence",
-                ("nats per token",),
+                ("nats per token" if run.sample else "squared error",),
                 [
                     (f"{start:,} to {stop - 1:,}", (f"{loss:.4f}",))
                     for start, stop, loss in run.result["by_position"]
                 ],
             ),
         )
-    prompt, continuation = run.sample
-    yield from ("## A sample", "", "```", prompt[-200:], ">>>", continuation, "```", "")
-    yield from ("## Go on", "", *(f"    {command}" for command in _commands(run.folder)))
+    if run.sample:
+        prompt, continuation = run.sample
+        yield from ("## A sample", "", "```", prompt[-200:], ">>>", continuation, "```", "")
+    yield from ("## Go on", "", *(f"    {command}" for command in _commands(run)))
+
+
+def _losses(run: _Record) -> list[str]:
+    assert run.result
+    rows = [(name, (f"{r['loss']:.4f}", f"{r['bits_per_byte']:.4f}")) for name, r in _models(run)]
+    return [
+        f"On {run.result['tokens']:,} tokens of documents that were not trained on; the n-gram "
+        f"models are counted on the training split and measured on the same tokens.",
+        "",
+        *table("model", ("nats per token", "bits per byte"), rows),
+    ]
+
+
+def _earned(run: _Record) -> list[str]:
+    """Of a decision model: its error, and what its episodes earn."""
+    assert run.result
+    frames, loss = run.result["tokens"], run.result["loss"]
+    told = (
+        f"On {frames:,} frames of episodes that were not trained on, the squared error of actions"
+    )
+    lines = [f"{told} is {loss:.4f}.", ""]
+    if played := run.result.get("rollouts"):
+        rows = zip(played["returns"], played["lengths"], strict=True)
+        lines += [
+            f"Played in {played['environment']}, asked for a return of {played['asked']:,.0f}: a "
+            f"normalised score of {played['score']:.1f}.",
+            "",
+            *table(
+                "episode",
+                ("return", "frames"),
+                [(f"{n}", (f"{r:,.1f}", f"{t:,}")) for n, (r, t) in enumerate(rows, start=1)],
+            ),
+        ]
+    return lines
 
 
 def _figures(
@@ -173,7 +212,7 @@ def _figures(
     yield "tokens per second", (f"{tokens / step_seconds:,.0f}",)
     yield "peak memory of a worker", (f"{memory / 2**30:.2f} GiB",)
     if metrics[-1]["loss"] is not None:
-        yield "last training loss", (f"{metrics[-1]['loss']:.4f} nats",)
+        yield "last training loss", (f"{metrics[-1]['loss']:.4f}",)
     yield from _goodput(folder)
 
 
@@ -225,7 +264,7 @@ def _plot(run: _Record) -> None:
             left.axhline(row["loss"], color="gray", ls=style, lw=1, label=name)
         centers = [start for start, _, _ in result["by_position"]]
         right.step(centers, [loss for _, _, loss in result["by_position"]], where="post")
-    left.set(xlabel="tokens", ylabel="loss, nats per token", title="Loss over training")
+    left.set(xlabel="tokens", ylabel=_unit(run).strip(","), title="Loss over training")
     left.legend()
     right.set(xlabel="position in the sequence, tokens", title="Held-out loss by position")
     right.set_xscale("symlog", linthresh=16)

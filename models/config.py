@@ -10,6 +10,7 @@ from models.mixers import MIXERS
 MOST_PARAMETERS = 2e12
 WIDEST = 100_000  # times the width
 LONGEST_MEMORY = 1e8  # tokens
+TOKENS_OF_FRAME = 3  # of a decision model: action, return to go, observation
 
 
 @dataclass
@@ -21,6 +22,10 @@ class ModelConfig:
     layers: int = positive(4)
     width: int = positive(128)  # D
     vocab_size: int = positive(256)  # where it is not set, as many as the data have
+    # numbers of an observation and of an action of a decision model (models/decision.py), where
+    # they are not set as the data have them; 0: a language model
+    observation_width: int = not_negative(0, most=WIDEST)
+    action_width: int = not_negative(0, most=WIDEST)
     expansion: float = positive(1.0, most=WIDEST)  # H = expansion * D, the state's width
     # taps of the causal convolution before the recurrence, 2 or more; 0 turns it off
     conv_width: int = not_negative(4)
@@ -64,6 +69,16 @@ class ModelConfig:
     def residual_scale(self) -> float:
         """What writes to the residual starts so much smaller: its variance then does not grow."""
         return (2 * self.layers) ** -0.5
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether it is a decision model."""
+        return self.action_width > 0
+
+    @property
+    def tokens_of_input(self) -> int:
+        """How many tokens the blocks see for one that comes in."""
+        return TOKENS_OF_FRAME if self.of_frames else 1
 
     @property
     def halo_width(self) -> int:
@@ -115,6 +130,11 @@ class ModelConfig:
                     "mixer",
                     f"a list of {len(names)} for {self.layers} layers: some would not be",
                 )
+        if bool(self.observation_width) != bool(self.action_width):
+            lacking = "observation_width" if self.action_width else "action_width"
+            yield lacking, "0 is a language model's, whose other width is 0 too: set both or none"
+        if self.of_frames and self.tie_embeddings:
+            yield "tie_embeddings", "a decision model's head and embedding differ: set it to false"
         if fault := self._too_large():
             largest = max(("layers", "width", "vocab_size"), key=lambda name: getattr(self, name))
             yield largest, fault

@@ -11,27 +11,38 @@ import torch
 from torch import nn
 
 from models.block import Block
-from models.config import ModelConfig
+from models.config import TOKENS_OF_FRAME, ModelConfig
 from models.mixers import MIXERS
 
 WITH_MATRICES = (nn.Linear, nn.RNNBase)  # each weight [M, N] of theirs is a product per token
 
 
 def parameters(config: ModelConfig) -> int:
-    """Number of trainable numbers of `LanguageModel(config)`, exactly."""
-    ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.width + config.width
-    return ends + sum(
+    """Number of trainable numbers of `build_model(config)`, exactly."""
+    if config.of_frames:
+        read = config.action_width + 1 + config.observation_width + TOKENS_OF_FRAME  # with biases
+        ends = read + config.action_width
+    else:
+        ends = (1 if config.tie_embeddings else 2) * config.vocab_size
+    return (ends + 1) * config.width + sum(
         count * sum(p.numel() for p in block.parameters()) for block, count in _blocks(config)
     )
 
 
 def matrix_flops_per_token(config: ModelConfig) -> int:
-    """Products with weights in one forward pass per token, a multiply-add as two."""
-    matrices = config.width * config.vocab_size
+    """Products with weights in one forward pass per token, a multiply-add as two.
+
+    A decision model's token is a frame.
+    """
+    if config.of_frames:
+        ends = 2 * config.action_width + 1 + config.observation_width
+    else:
+        ends = config.vocab_size
+    matrices = config.width * ends
     for block, count in _blocks(config):
         layers = (module for module in block.modules() if isinstance(module, WITH_MATRICES))
         weights = (p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2)
-        matrices += count * sum(weight.numel() for weight in weights)
+        matrices += count * config.tokens_of_input * sum(weight.numel() for weight in weights)
     return 2 * matrices
 
 
@@ -41,7 +52,9 @@ def mixing_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Attention counts the tokens that a query may see and no others, whatever a kernel computes
     besides; a recurrence its gates, state and convolution.
     """
-    return sum(MIXERS[name].mixing_flops(config, seq_len) for name in config.layer_mixers())
+    tokens = config.tokens_of_input
+    mixers = (MIXERS[name] for name in config.layer_mixers())
+    return tokens * sum(mixer.mixing_flops(config, tokens * seq_len) for mixer in mixers)
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -1,58 +1,28 @@
 """The language model: embed -> blocks -> norm -> head."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.block import Block
 from models.config import ModelConfig
 from models.mixer import Carry
-
-# What is made of the last hidden states [B, T, D] and the head's weight [V, D].
-Readout = Callable[[Tensor, Tensor], Any]
+from models.stack import Readout, Stack
 
 
-class Head(nn.Linear):
-    """The output projection, D -> V without bias.
+class LanguageModel(Stack):
+    """Next-token model over any mixers.
 
-    The readout runs inside the module, so that whoever shards or gathers weights by module (ZeRO
-    stage 3) finds this one's in use; a loss can thus avoid logits of [T, V] without knowing of it.
+    The embedding's initial values are N(0, 1), or the head's where they share a matrix.
     """
 
-    def __init__(self, width: int, vocab_size: int) -> None:
-        super().__init__(width, vocab_size, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Small, so that the first loss is log V."""
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor, readout: Readout = F.linear) -> Any:
-        return readout(x, self.weight)
-
-
-class LanguageModel(nn.Module):
-    """Next-token model over any mixers. Deterministic given `torch.manual_seed`.
-
-    Every module draws its own initial values; the embedding's are N(0, 1), or the head's where
-    they share a matrix.
-    """
+    embed: nn.Embedding
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        stack = nn.ModuleList(Block(config, name) for name in config.layer_mixers())
-        self.blocks = cast(list[Block], stack)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = Head(config.width, config.vocab_size)
+        embed = nn.Embedding(config.vocab_size, config.width)
+        super().__init__(config, embed, config.vocab_size)
         if config.tie_embeddings:
             self.embed.weight = self.head.weight
-        # How a block is called: replaced from outside where its activations are not to be kept.
-        self.call_block: Callable[..., tuple[Tensor, Carry]] = _call_block
 
     def forward(
         self,
@@ -65,23 +35,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Any, list[Carry]]:
         """tokens [B, T] int64 -> (what `readout` returns, the carry of the next segment).
 
-        The default readout gives logits [B, T, V]. carry is one per layer, None for an empty
-        history; reset [B, T] bool or uint8 marks documents that start afresh. With `last` no
-        segment follows: no carry is returned, so that none is kept alive.
+        The default readout gives logits [B, T, V]. Carry, reset and last as in `Stack.through`.
         """
-        x = self.dropout(self.embed(tokens))
-        carries = []
-        for layer, block in enumerate(self.blocks):
-            entering = None if carry is None else carry[layer]
-            x, leaving = self.call_block(block, x, entering, reset=reset, last=last)
-            if not last:
-                carries.append(leaving)
-        return self.head(self.norm(x), readout), carries
-
-    def init_carry(self, batch_size: int, device: torch.device) -> list[Carry]:
-        """The carry of an empty history, one per layer."""
-        return [block.mixer.init_carry(batch_size, device) for block in self.blocks]
-
-
-def _call_block(block: Block, *args: Any, **kwargs: Any) -> tuple[Tensor, Carry]:
-    return block(*args, **kwargs)
+        x, carries = self.through(self.embed(tokens), carry, reset, last)
+        return self.head(x, readout), carries

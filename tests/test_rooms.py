@@ -21,6 +21,7 @@ ALLOWED = {
         "data_prep.mixture",
         "data_prep.task",
         "data_prep.tokenizer",
+        "data_prep.trajectories.environment",
     },
     "launch": {"launch", "trainer", "models", "data_prep.files"},
 }
@@ -36,6 +37,8 @@ DOORS = {
     "fsspec": ("trainer/storage.py", "data_prep/sources/storage.py", "data_prep/remote.py"),
     "deepspeed": ("trainer/engine.py", "trainer/reshape.py"),
     "streaming": ("data_prep/mds.py",),
+    "gymnasium": ("data_prep/trajectories/environment.py", "data_prep/trajectories/policy.py"),
+    "stable_baselines3": ("data_prep/trajectories/policy.py",),
 }
 MOST_LINES, MOST_PARAMETERS = 350, 6
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

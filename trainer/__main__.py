@@ -69,8 +69,8 @@ def _line(event: Event) -> str:
                 f"step {step}/{steps}  loss {shown}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  eta {metrics['eta_seconds']:.0f} s"
             )
-        case Evaluated(_, loss, bits):
-            return f"held-out loss {loss:.4f} nats, {bits:.4f} bits per byte"
+        case Evaluated():
+            return str(event)
     name = {Started: "start", Ended: "end", Warned: "warning"}[type(event)]
     return f"{name}: " + ", ".join(f"{key} {value}" for key, value in asdict(event).items())
 

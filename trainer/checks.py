@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ FIXED_KEYS = (
 )
 
 
+FRAME_WIDTHS = ("observation_width", "action_width")
+
+
 def value_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
     model = ((f"model.{name}", message) for name, message in config.model.faults())
@@ -39,6 +43,10 @@ def value_faults(config: Config) -> Iterator[Fault]:
             f"{train.segment_len} is not train.seq_len: streamed segments are not built yet, "
             f"leave it null",
         )
+    if config.evaluate.rollouts and not config.model.of_frames:
+        yield "evaluate.rollouts", "only a decision model acts: leave it 0"
+    if config.evaluate.rollouts and not find_spec("gymnasium"):
+        yield "evaluate.rollouts", "gymnasium is not installed: pip install 'longhaul[rl]'"
     launch = config.launch
     if launch.min_workers is not None and launch.min_workers > launch.workers:
         yield (
@@ -69,7 +77,11 @@ def _length_faults(config: Config) -> Iterator[Fault]:
             "train.seq_len",
             f"{train.seq_len} is not divisible by parallel.sp {sp}: use {nearest}",
         )
-    elif model and sp > 1 and (tokens := config.layout().shard_tokens) < model.halo_width:
+    elif (
+        model
+        and sp > 1
+        and (tokens := config.layout().shard_tokens) < -(-model.halo_width // model.tokens_of_input)
+    ):
         yield (
             "train.seq_len",
             f"{train.seq_len} gives shards of {tokens} tokens, fewer than the "
@@ -172,6 +184,8 @@ def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
     """What keeps datasets from being trained on together."""
     yield from tokenizer_faults(paths, infos)
     for path, info in zip(paths, infos, strict=True):
+        if info.trajectories != infos[0].trajectories:
+            yield f"{path} and {paths[0]} are not episodes of one policy: they cannot be mixed"
         if info.synthetic and len(paths) > 1:
             yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
 
@@ -198,18 +212,28 @@ def data_fingerprint(config: Config) -> str | None:
         return None
 
 
-def data_vocabulary(config: Config) -> int | None:
-    """How many tokens the data have, where they lie on this machine."""
+def widths_of_data(config: Config) -> dict[str, int]:
+    """What the data ask of a model, field by field, where they lie on this machine."""
     try:
-        return max((load_info(path).vocab_size for path in config.data.sources), default=None)
+        infos = [load_info(path) for path in config.data.sources]
     except ValueError:
-        return None
+        return {}
+    widths = {"vocab_size": max((info.vocab_size for info in infos), default=1)}
+    for frames in [info.trajectories for info in infos if info.trajectories][:1]:
+        widths |= {name: getattr(frames, name) for name in FRAME_WIDTHS}
+    return widths
 
 
 def info_faults(
     config: Config, path: str, info: DatasetInfo, splits: Sequence[str]
 ) -> Iterator[Fault]:
     """(key, what is wrong) where the run does not fit these splits; workers ask it for a URL's."""
+    for name in FRAME_WIDTHS:
+        theirs = getattr(info.trajectories, name) if info.trajectories else 0
+        if (ours := getattr(config.model, name)) != theirs:
+            yield f"model.{name}", f"{ours} is not the {theirs} of {path}: use that"
+    if info.trajectories and not config.data.reset_state:
+        yield "data.reset_state", f"false: an episode of {path} begins anew, set it to true"
     if info.vocab_size > config.model.vocab_size:
         yield (
             "model.vocab_size",

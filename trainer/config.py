@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.files import write_whole
 from models.bounds import not_negative, one_of, positive
 from models.config import ModelConfig
-from trainer.checks import data_faults, data_vocabulary, resume_faults, value_faults
+from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
 from trainer.layout import Layout
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge
@@ -131,6 +131,11 @@ class EvaluateConfig:
     # long as in training
     path: str | None = file_path(None)
     seq_len: int | None = positive(None)
+    # of a decision model: episodes that it plays after the last step; the return that it is asked
+    # for, null: the best of its training data; frames of the past that it sees, null: all
+    rollouts: int = not_negative(0)
+    rollout_return: float | None = None
+    rollout_frames: int | None = positive(None)
 
 
 @dataclass
@@ -211,9 +216,10 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
 
 
 def follow_data(config: Config, places: dict[str, str]) -> None:
-    """The model has as many tokens as the data, where its file does not say how many."""
-    if "model.vocab_size" not in places and (tokens := data_vocabulary(config)):
-        config.model.vocab_size = tokens
+    """The model has the data's tokens, or frames, where its file does not say which."""
+    for name, value in widths_of_data(config).items():
+        if f"model.{name}" not in places:
+            setattr(config.model, name, value)
 
 
 def dump_config(config: Config, path: Path) -> None:

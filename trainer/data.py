@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ IGNORED = -100  # a label that no loss counts; torch's own choice
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One rank's shard of some sequences: tokens and labels [B, T] int64, reset [B, T] or None.
+    """One rank's shard of some sequences: inputs and labels [B, T], reset [B, T] or None.
 
-    A label is IGNORED where it does not count. `scored_tokens` of all shards of a sequence count;
-    None: every token does.
+    Tokens and labels are int64; a label is IGNORED where it does not count. Frames are
+    [B, T, A + 1 + S] and their labels, actions, [B, T, A] float32. `scored_tokens` of all shards
+    of a sequence count; None: every token does.
     """
 
-    tokens: Tensor
+    inputs: Tensor
     labels: Tensor
     reset: Tensor | None
     scored_tokens: int | None = None
@@ -79,8 +81,8 @@ class TokenStream:
         lengths[: len(known)] = np.maximum(known, 0)[: len(lengths)]
         return lengths
 
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens [start, stop) of one source, and the document starts among them from `start` on.
+    def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Tokens, or frames, [start, stop) of one source; the document starts among them.
 
         Raises DataError naming the file and the block that cannot be read.
         """
@@ -88,7 +90,8 @@ class TokenStream:
         start, stop = start - self.firsts[source], stop - self.firsts[source]
         assert stop <= self.tokens[source]
         size = self.sources[source].info.block_size
-        tokens = np.empty(stop - start, np.int64)
+        dtype = np.float32 if self.info.trajectories else np.int64
+        tokens = np.empty((stop - start, *self.info.token_shape), dtype)
         starts = []
         for block in range(start // size, (stop - 1) // size + 1):
             found, begun = self.sources[source].read(block)
@@ -147,22 +150,27 @@ class SequenceReader:
         """
         held = self.layout.held(segment)
         length = len(held)
-        rows = np.empty((len(begins), length + 1), np.int64)
+        rows: list[NDArray[Any]] = []
         reset = np.zeros((len(begins), length), np.uint8) if self.with_reset else None
         for row, begin in enumerate(begins):
             first = begin + held.start
-            rows[row], starts = self.stream.read(first, first + length + 1)
+            row_tokens, starts = self.stream.read(first, first + length + 1)
+            rows.append(row_tokens)
             if reset is not None:
                 reset[row, starts[starts < length]] = 1
-        ids = torch.from_numpy(rows)
-        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        task = self.stream.info.synthetic
+        read = torch.from_numpy(np.stack(rows))
+        task, frames = self.stream.info.synthetic, self.stream.info.trajectories
+        if frames:  # hold their own labels
+            inputs, labels = read[:, :-1].tensor_split([frames.width - frames.action_width], -1)
+        else:
+            inputs, labels = read[:, :-1], read[:, 1:]
+        inputs, labels = inputs.contiguous(), labels.contiguous()
         if task:
             labels = labels.masked_fill(labels < task.scored_from, IGNORED)
             if task.hidden_as is not None:
-                tokens = tokens.masked_fill(tokens >= task.scored_from, task.hidden_as)
+                inputs = inputs.masked_fill(inputs >= task.scored_from, task.hidden_as)
         return MicroBatch(
-            tokens,
+            inputs,
             labels,
             None if reset is None else torch.from_numpy(reset),
             task.scored_tokens if task else None,

@@ -1,29 +1,37 @@
-"""Held-out loss, by position too, and the n-gram models it must beat."""
+"""Held-out loss, by position too, and the n-gram models it must beat; what actions earn."""
 
 import math
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config import Config
 from trainer.data import SequenceReader, TokenStream
 from trainer.engine import Engine
 from trainer.loss import token_scores
 from trainer.worker import Worker
+
+if TYPE_CHECKING:
+    from trainer.rollout import Rollouts
 
 COUNTED = 1 << 28  # tokens, for the n-gram models
 
 
 @dataclass
 class Evaluation:
-    """Losses in nats per token over `tokens` held-out tokens, those that count."""
+    """Losses in nats per token over `tokens` held-out tokens, those that count.
+
+    Of frames, the squared errors of actions, which have neither bytes nor a likeliest one.
+    """
 
     loss: float
-    bits_per_byte: float
-    accuracy: float  # share of tokens that were the likeliest
+    bits_per_byte: float | None
+    accuracy: float | None  # share of tokens that were the likeliest
     sequences: int
     tokens: int
     text_bytes: int  # behind these tokens
@@ -61,7 +69,8 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
     task = reader.stream.info.synthetic
     distances = (task.distances if task else []) or [0]
     sources = reader.stream.names
-    lengths = torch.from_numpy(reader.stream.token_bytes).to(device)
+    frames = reader.stream.info.trajectories
+    lengths = None if frames else torch.from_numpy(reader.stream.token_bytes).to(device)
     # of all sources, distances and positions: loss, likeliest, tokens, bytes of their text
     shape = 4, len(sources), len(distances), len(edges) - 1
     totals = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -73,27 +82,34 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
         reset = None if batch.reset is None else batch.reset.to(device)
         labels = batch.labels.to(device)
         readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
-        scores, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
+        scores, _ = engine(batch.inputs.to(device), reset=reset, readout=readout, last=True)
         if index < len(sequences):
-            text_bytes = lengths[labels.clamp(min=0)] * (labels >= 0)
-            counted = torch.cat([labels >= 0, text_bytes])
-            scored = torch.cat([scores[:, 0].double(), counted.double()])
+            scored = torch.cat([scores[:, 0], *_counted(labels, lengths)]).double()
             totals[:, source, index % len(distances)].index_add_(1, bins, scored)
     engine.train()
     totals = topology.gather(totals).sum(0)
     loss, right, tokens, text_bytes = totals.sum((1, 2, 3)).tolist()
     return Evaluation(
         loss=loss / tokens,
-        bits_per_byte=bits_per_byte(loss / tokens, tokens, text_bytes),
-        accuracy=right / tokens,
+        bits_per_byte=None if frames else bits_per_byte(loss / tokens, tokens, text_bytes),
+        accuracy=None if frames else right / tokens,
         sequences=len(sequences),
         tokens=int(tokens),
         text_bytes=int(text_bytes),
         by_position=_by_position(totals.sum(1), edges, what=0),
-        accuracy_by_position=_by_position(totals.sum(1), edges, what=1),
+        accuracy_by_position=[] if frames else _by_position(totals.sum(1), edges, what=1),
         by_distance=_by_distance(totals.sum(1), distances),
         by_source=_by_source(totals.sum((2, 3)), sources) if len(sources) > 1 else [],
     )
+
+
+def _counted(labels: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of labels [1, T], or of actions [1, T, A]: which count, and the bytes of their text."""
+    if lengths is None:
+        every = torch.ones(labels.shape[:2], device=labels.device)
+        return every, torch.zeros_like(every)
+    counts = (labels >= 0).float()
+    return counts, lengths[labels.clamp(min=0)] * counts
 
 
 def _by_source(totals: Tensor, sources: list[str]) -> list[tuple[str, int, float, float]]:
@@ -119,23 +135,41 @@ def _by_distance(totals: Tensor, distances: list[int]) -> list[tuple[int, float,
 
 
 def final_result(
-    evaluated: Evaluation, train: SequenceReader, held_out: SequenceReader
+    evaluated: Evaluation, train: SequenceReader, held_out: SequenceReader, config: Config
 ) -> dict[str, Any]:
-    """The last held-out loss beside the n-gram models' on the same tokens."""
+    """The last held-out loss beside the n-gram models' on the same tokens, and what is earned."""
     losses: dict[str, float] = {}
-    if not train.stream.info.synthetic:  # of random tokens n-grams would tell nothing
+    info = train.stream.info
+    if not info.synthetic and not info.trajectories:  # of which n-grams would tell nothing
         losses = _ngram_losses(train.stream, held_out.stream, evaluated)
     counted = evaluated.tokens, evaluated.text_bytes
     baselines = {
         name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, *counted)}
         for name, loss in losses.items()
     }
-    return {**asdict(evaluated), "baselines": baselines, "of": evaluated_on(held_out)}
+    result = {"baselines": baselines, "of": evaluated_on(held_out, config)}
+    if config.evaluate.rollouts:
+        result["rollouts"] = asdict(_rolled_out(config))
+    return {**asdict(evaluated), **result}
 
 
-def evaluated_on(held_out: SequenceReader) -> list[Any]:
-    """Which data, and at which length: a result of others is none."""
-    return [held_out.stream.fingerprint, held_out.layout.seq_len]
+def _rolled_out(config: Config) -> "Rollouts":
+    from trainer.rollout import roll_out  # needs gymnasium
+
+    settings = config.evaluate
+    folder, asked = Path(config.run.dir), settings.rollout_return
+    return roll_out(folder, settings.rollouts, config.run.seed, asked, settings.rollout_frames)
+
+
+def evaluated_on(held_out: SequenceReader, config: Config) -> list[Any]:
+    """Which data, at which length, and what was played: a result of others is none."""
+    settings = config.evaluate
+    played = settings.rollouts, settings.rollout_return, settings.rollout_frames
+    return [
+        held_out.stream.fingerprint,
+        held_out.layout.seq_len,
+        *(played if settings.rollouts else ()),
+    ]
 
 
 def _position_edges(seq_len: int) -> list[int]:

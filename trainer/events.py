@@ -34,11 +34,16 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The held-out loss after a step, in nats per token."""
+    """The held-out loss after a step, in nats per token; of actions, their squared error."""
 
     step: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None  # None of actions
+
+    def __str__(self) -> str:
+        if self.bits_per_byte is None:
+            return f"held-out squared error {self.loss:.4f}"
+        return f"held-out loss {self.loss:.4f} nats, {self.bits_per_byte:.4f} bits per byte"
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import Tensor
 
 from data_prep.schema import load_info
 from data_prep.tokenizer import Tokenizer, folder_tokenizer
 from models.lm import LanguageModel
 from models.mixer import Carry
-from trainer.checkpoint import find_weights
-from trainer.config import load_dumped
 from trainer.run_folder import RunFolder
+from trainer.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -35,26 +32,21 @@ def load_run(folder: Path, device: torch.device) -> Trained:
 
     Raises ValueError where the folder holds no run, or none of either.
     """
+    model, step = load_trained(folder, device)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"{folder} holds a decision model, which writes no text: use rollout")
     run = RunFolder(folder)
-    config = load_dumped(run.config)
-    weights, manifest = find_weights(run)
-    model = LanguageModel(config.model)
-    try:
-        load_model(model, weights)  # knows of a matrix that embedding and head share
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{weights} does not fit {run.config}: {error}") from None
     info = load_info(folder) if run.data.exists() else None  # runs of older versions have none
     tokenizer = folder_tokenizer(folder)
     end = info.end_of_document if info else None
-    known = torch.zeros(config.model.vocab_size, dtype=torch.bool)
+    known = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.token_bytes())[: len(known)]
     known[: len(lengths)] = lengths >= 0
     if info and info.synthetic:  # tokens that are no text
         known[: info.vocab_size] = True
     if end is not None:
         known[end] = True
-    model = model.to(device).float().eval()
-    return Trained(model, tokenizer, manifest.step, known.to(device), end)
+    return Trained(model, tokenizer, step, known.to(device), end)
 
 
 @dataclass(frozen=True)

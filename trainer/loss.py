@@ -1,12 +1,39 @@
-"""Next-token cross-entropy that never holds the logits of more than a tile of tokens."""
+"""What a model is to make small: cross-entropy of next tokens, or squared errors of actions.
 
+The logits of no more than a tile of tokens are ever held.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.decision import actions
 from models.once import once
+from trainer.data import MicroBatch
+
+
+def summed_loss(batch: MicroBatch) -> Callable[..., Tensor]:
+    """The loss (hidden, weight, labels, tile) of the kind of labels that a micro-batch has."""
+    if batch.labels.is_floating_point():
+        return summed_squared_error
+    return summed_cross_entropy if batch.scored_tokens is None else scored_cross_entropy
+
+
+def summed_squared_error(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
+    """Sum over all frames of the mean squared error of an action; a scalar in fp32 (fp64).
+
+    hidden [B, T, D], weight [A, D] of the same dtype, labels [B, T, A] fp32. `tile` is of no use:
+    actions are few numbers.
+    """
+    return _squared_errors(hidden, weight, labels).sum()
+
+
+def _squared_errors(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (actions(hidden, weight).to(accumulator) - labels).square().mean(-1)
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
@@ -30,8 +57,12 @@ def scored_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, tile: i
 def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> Tensor:
     """Of every token: its loss in nats and whether its label is the likeliest, [2, B, T] fp32.
 
-    For evaluation. Arguments as above; both are zero where a label is negative.
+    For evaluation. Arguments as above; both are zero where a label is negative. Of frames, the
+    squared error and zero.
     """
+    if labels.is_floating_point():
+        errors = _squared_errors(hidden, weight, labels).float()
+        return torch.stack([errors, torch.zeros_like(errors)])
     rows, targets = hidden.flatten(0, 1).split(tile), labels.flatten().split(tile)
     scores = []
     for x, label in zip(rows, targets, strict=True):

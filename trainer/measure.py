@@ -9,8 +9,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from models.lm import LanguageModel
+from models.build import build_model
+from models.config import ModelConfig
 from models.mixer import Carry
+from models.stack import Stack
 from trainer.config import Config
 from trainer.data import MicroBatch
 from trainer.memory import peak_memory_bytes
@@ -44,14 +46,25 @@ class ReadingCost:
 
 
 def random_batches(worker: Worker) -> list[MicroBatch]:
-    """A step's micro-batches of random tokens, of this rank's shape."""
+    """A step's micro-batches of random tokens, or frames, of this rank's shape."""
     config, generator = worker.config, torch.Generator().manual_seed(worker.topology.rank)
+    model, batches = config.model, []
     shape = config.train.micro_batch_size, worker.layout.shard_tokens + 1
-    vocabulary = config.model.vocab_size
-    tokens = [
-        torch.randint(vocabulary, shape, generator=generator) for _ in range(config.accumulation)
-    ]
-    return [MicroBatch(t[:, :-1], t[:, 1:], None) for t in tokens]
+    for _ in range(config.accumulation):
+        read = _random_inputs(model, shape, generator)
+        labels = read[..., : model.action_width].tanh() if model.of_frames else read
+        batches.append(MicroBatch(read[:, :-1], labels[:, 1:], None))
+    return batches
+
+
+def _random_inputs(
+    model: ModelConfig, shape: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Tokens [B, T], or frames [B, T, A + 1 + S]."""
+    if not model.of_frames:
+        return torch.randint(model.vocab_size, shape, generator=generator)
+    numbers = model.action_width + 1 + model.observation_width
+    return torch.randn(*shape, numbers, generator=generator)
 
 
 def timed_steps(worker: Worker) -> Iterator[float]:
@@ -120,23 +133,23 @@ def measure_reading(config: Config, context: int, tokens: int, segment: int) -> 
     idle = _resident_bytes(device)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     torch.manual_seed(config.run.seed)
-    model = LanguageModel(config.model).to(device, dtype).eval()
-    prompt = torch.randint(config.model.vocab_size, (1, context), device=device)
-    model(prompt[:, : min(context, 256)], readout=_likeliest)  # warms kernels and threads
+    model = build_model(config.model).to(device, dtype).eval()
+    prompt = _random_inputs(config.model, (1, context), torch.Generator().manual_seed(0)).to(device)
+    _read(model, prompt[:, : min(context, 256)], None)  # warms kernels and threads
     _synchronize(device)
     start = time.perf_counter()
     carry: list[Carry] | None = None
     token = prompt[:, :1]
     for part in prompt.split(segment, dim=1):
-        token, carry = model(part, carry, readout=_likeliest)
+        token, carry = _read(model, part, carry)
     _synchronize(device)
     prefill_seconds = time.perf_counter() - start
     # The first token grows the cache of full attention, once for many that follow.
-    token, carry = model(token, carry, readout=_likeliest)
+    token, carry = _read(model, token, carry)
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(tokens):
-        token, carry = model(token, carry, readout=_likeliest)
+        token, carry = _read(model, token, carry)
     _synchronize(device)
     return ReadingCost(
         prefill_seconds=prefill_seconds,
@@ -157,6 +170,15 @@ def _resident_bytes(device: torch.device) -> int:
     return 0 if device.type == "cuda" else peak_memory_bytes(device)
 
 
-def _likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The next token [B, 1], without logits of any step but the last."""
-    return (hidden[:, -1:] @ weight.T).argmax(dim=-1)
+def _read(model: Stack, inputs: Tensor, carry: list[Carry] | None) -> tuple[Tensor, list[Carry]]:
+    """What a model would read next, [B, 1] or a frame as the last with the action it takes."""
+    read, carry = model(inputs, carry, readout=_last)
+    if not model.config.of_frames:
+        return read.argmax(dim=-1), carry
+    width = model.config.action_width
+    return torch.cat([read.tanh().to(inputs.dtype), inputs[:, -1:, width:]], dim=-1), carry
+
+
+def _last(hidden: Tensor, weight: Tensor) -> Tensor:
+    """What the head makes of the last step alone."""
+    return hidden[:, -1:] @ weight.T

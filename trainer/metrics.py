@@ -61,10 +61,11 @@ class MetricsWriter:
                 tag = group if "/" in group else f"{group}/{name}"
                 self._board.add_scalar(tag, value, metrics["step"])
 
-    def evaluated(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def evaluated(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """The held-out loss, beside that of training."""
         self._board.add_scalar("loss/held_out", loss, step)
-        self._board.add_scalar("loss/held_out_bits_per_byte", bits_per_byte, step)
+        if bits_per_byte is not None:
+            self._board.add_scalar("loss/held_out_bits_per_byte", bits_per_byte, step)
 
     def close(self) -> None:
         self._file.close()

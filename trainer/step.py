@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.build import build_model
 from models.layers import CausalConv, SwiGLU
-from models.lm import LanguageModel
 from trainer.checkpoint import Saved
 from trainer.data import MicroBatch
 from trainer.engine import Engine
-from trainer.loss import scored_cross_entropy, summed_cross_entropy
+from trainer.loss import summed_loss
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.worker import Worker
@@ -26,7 +26,7 @@ def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     """The configured model, from its seed or from a checkpoint, sharded and wrapped."""
     config = worker.config
     torch.manual_seed(config.run.seed)
-    model = LanguageModel(config.model)
+    model = build_model(config.model)
     parallelize(model, worker.topology, config.parallel.relay_tolerance)
     if config.train.recompute:
         recompute_blocks(model)
@@ -58,12 +58,10 @@ def accumulate_gradients(engine: Engine, micro_batches: list[MicroBatch], worker
     total = torch.zeros((), device=device)
     for number, batch in enumerate(micro_batches, start=1):
         readout = partial(
-            summed_cross_entropy if batch.scored_tokens is None else scored_cross_entropy,
-            labels=batch.labels.to(device),
-            tile=train.loss_tile_tokens,
+            summed_loss(batch), labels=batch.labels.to(device), tile=train.loss_tile_tokens
         )
         reset = None if batch.reset is None else batch.reset.to(device)
-        loss, _ = engine(batch.tokens.to(device), reset=reset, readout=readout, last=True)
+        loss, _ = engine(batch.inputs.to(device), reset=reset, readout=readout, last=True)
         counted = batch.scored_tokens or train.seq_len  # of a sequence, in all shards
         loss = loss / (counted * train.micro_batch_size)
         engine.backward(loss / len(micro_batches), last=number == len(micro_batches))

@@ -267,18 +267,24 @@ class _Run:
         steps = self.config.train.steps
         if self.step == steps and self.held_out:
             result = self.folder.read_result(steps)
-            mine = result is not None and result.get("of") == evaluated_on(self.held_out)
+            of = evaluated_on(self.held_out, self.config)
+            mine = result is not None and result.get("of") == of
             if not self.topology.gather_objects(mine)[0]:
                 if self.evaluated is None:
                     self.evaluate()
-                if self.topology.first and self.evaluated:
-                    result = final_result(self.evaluated, self.reader, self.held_out)
-                    self.folder.write_result({"step": steps, **result})
+                self.worker.pulse.now("making the result")
+                self.topology.on_first(self._write_result)
         if self.record:
             self.record.close()
         self.worker.tell(Ended(self.step, steps))
         self.engine.destroy()
         self.topology.destroy()
+
+    def _write_result(self) -> None:
+        assert self.held_out
+        assert self.evaluated
+        found = final_result(self.evaluated, self.reader, self.held_out, self.config)
+        self.folder.write_result({"step": self.config.train.steps, **found})
 
     def _read(self) -> StepBatch:
         """This rank's micro-batches; all workers raise the same DataError where one cannot read."""

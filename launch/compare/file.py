@@ -53,6 +53,7 @@ class CompareConfig:
     # To stand beside ours: task -> mixer or another's name -> held-out loss, nats per token.
     published: dict[str, dict[str, float]] = field(default_factory=dict)
     published_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)  # from 0 to 1
+    published_score: dict[str, dict[str, float]] = field(default_factory=dict)  # of rollouts
     notes: list[str] = field(default_factory=list)  # for the report: what differs, and why
 
 
@@ -168,7 +169,7 @@ def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
         for setting in task:
             if setting.startswith(tuple(own)):
                 yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"
-    for key in ("published", "published_accuracy"):
+    for key in ("published", "published_accuracy", "published_score"):
         for name in getattr(compare, key):
             if compare.tasks and name not in compare.tasks:
                 known = ", ".join(compare.tasks)

@@ -200,6 +200,7 @@ def _plots(results: Results) -> Iterator[tuple[str, Series, Axes]]:
     """(file, lines, axes) of every plot."""
     training, reading = results.of("training"), results.of("reading")
     decoding = figure("decode_tokens_per_second")
+    unit = "squared error" if results.config.model.of_frames else "nats per token"
     for name, title, cells, of, y in (
         ("throughput", "Training throughput", training, results.training_rate, "tokens per second"),
         ("memory", "Peak memory", training, memory_gib, "GiB a worker, over idle"),
@@ -214,7 +215,7 @@ def _plots(results: Results) -> Iterator[tuple[str, Series, Axes]]:
                 for label, same in runs.items()
             }
             title = f"{task}: held-out loss over {by if by == 'tokens' else 'time'}"
-            yield f"{task}_loss_{by}.png", curves, Axes(title, x, "nats per token")
+            yield f"{task}_loss_{by}.png", curves, Axes(title, x, unit)
 
 
 def _over_context(results: Results, cells: Cells, of: Figure) -> Series:

@@ -29,7 +29,10 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
     chosen = [typical(same) for same in runs.values()]
     settings = results.settings
     losses, shares = settings.published.get(task, {}), settings.published_accuracy.get(task, {})
-    rows = [("held-out loss, nats per token", [_losses(best_runs(r)) for r in runs.values()])]
+    scores = settings.published_score.get(task, {})
+    frames = results.config.model.of_frames
+    unit = "held-out squared error of actions" if frames else "held-out loss, nats per token"
+    rows = [(unit, [_losses(best_runs(r)) for r in runs.values()])]
     if losses:
         rows.append(("published", [f"{losses[n]:.3f}" if n in losses else "" for n in runs]))
     if equal := results.in_equal_time.get(task):
@@ -39,10 +42,14 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
         steps = [f"{equal[n].tokens[-1]:,}" if n in equal else "" for n in runs]
         rows.append(("tokens trained on in that time", steps))
     lowest = [min(point.loss for point in run.held_out) for run in chosen]
-    rows += [
-        ("lowest on the way", [f"{loss:.4f}" for loss in lowest]),
-        ("accuracy", [_accuracies(best_runs(same)) for same in runs.values()]),
-    ]
+    rows.append(("lowest on the way", [f"{loss:.4f}" for loss in lowest]))
+    if all("rollouts" in run.final for run in chosen):
+        played = [_scores(best_runs(same)) for same in runs.values()]
+        rows.append(("normalised score of rollouts", played))
+    if scores:
+        rows.append(("published", [f"{scores[n]:.1f}" if n in scores else "" for n in runs]))
+    if not frames:
+        rows.append(("accuracy", [_accuracies(best_runs(same)) for same in runs.values()]))
     if shares:
         rows.append(("published", [f"{shares[n]:.1%}" if n in shares else "" for n in runs]))
     rows += [
@@ -53,6 +60,7 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
     yield from table("", runs, rows)
     others = [f"{name} {loss:g}" for name, loss in losses.items() if name not in runs]
     others += [f"{name} {share:.1%}" for name, share in shares.items() if name not in runs]
+    others += [f"{name} {score:.1f}" for name, score in scores.items() if name not in runs]
     if others:
         yield from (f"Published besides: {', '.join(others)}.", "")
 
@@ -62,6 +70,13 @@ def _accuracies(runs: list[TrainingRecord]) -> str:
     shares = sorted(run.final["accuracy"] for run in runs)
     spread = f" ({shares[0]:.1%} to {shares[-1]:.1%})" if len(shares) > 1 else ""
     return f"{median(shares):.1%}{spread}"
+
+
+def _scores(runs: list[TrainingRecord]) -> str:
+    """The median of some seeds, and their spread."""
+    scores = sorted(run.final["rollouts"]["score"] for run in runs)
+    spread = f" ({scores[0]:.1f} to {scores[-1]:.1f})" if len(scores) > 1 else ""
+    return f"{median(scores):.1f}{spread}"
 
 
 def _rates(runs: Runs) -> list[str]:
@@ -84,7 +99,7 @@ def _distances(runs: Runs) -> list[str]:
 
 def _positions(runs: Runs) -> Iterator[str]:
     yield from _by_position("loss at positions", "by_position", "{:.4f}", runs)
-    if all("accuracy_by_position" in typical(same).final for same in runs.values()):
+    if all(typical(same).final.get("accuracy_by_position") for same in runs.values()):
         name = "accuracy_by_position"
         yield from _by_position("accuracy at positions", name, "{:.1%}", runs)
 

@@ -3,4 +3,4 @@
 `arguments(parser)` says what the verb takes, `run(args)` does it and returns the exit status.
 """
 
-VERBS = ("train", "doctor", "compare", "generate", "report", "keys")
+VERBS = ("train", "doctor", "compare", "generate", "rollout", "report", "keys")

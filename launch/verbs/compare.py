@@ -52,8 +52,8 @@ def _training(show: Show, should_stop: Callable[[], bool]) -> Callable[[Config],
 
     def on_event(event: Event) -> None:
         match event:
-            case Evaluated(step, loss):
-                show(f"  step {step}: held-out loss {loss:.4f} nats")
+            case Evaluated(step):
+                show(f"  step {step}: {event}")
             case Warned(message):
                 show(f"  warning: {message}")
 

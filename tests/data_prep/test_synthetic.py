@@ -97,10 +97,10 @@ def test_only_answers_are_labels(tmp_path):
     assert [int((shard.labels != IGNORED).sum()) for shard in shards] == [0, 14]
     answers = shards[1].labels[:, -8:-1]
     assert answers.tolist() == rows[[5, 9], -7:].tolist()
-    assert shards[0].tokens.tolist() == rows[[5, 9], :32].tolist()
+    assert shards[0].inputs.tolist() == rows[[5, 9], :32].tolist()
     # the marker eight times, as in the papers: what is to be copied is nowhere read a second time
-    assert shards[1].tokens[:, :-8].tolist() == rows[[5, 9], 32:-8].tolist()
-    assert (shards[1].tokens[:, -8:] == 7).all()
+    assert shards[1].inputs[:, :-8].tolist() == rows[[5, 9], 32:-8].tolist()
+    assert (shards[1].inputs[:, -8:] == 7).all()
     assert {shard.scored_tokens for shard in shards} == {7}
 
 

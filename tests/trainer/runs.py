@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from models.lm import LanguageModel
+from models.build import build_model
 from tests.distributed import run_distributed
 from trainer.config import load_config
 from trainer.data import SequenceReader, TokenStream
@@ -65,14 +65,17 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     reader = SequenceReader(stream, Layout(config.train.seq_len), config.data.reset_state)
     order = reader.order(config.run.seed, shift=False)
     torch.manual_seed(config.run.seed)
-    model = LanguageModel(config.model)
+    model = build_model(config.model)
     optimizer = build_optimizer(model, config.optim)
     result = []
     for step in range(config.train.steps):
         first = step * config.train.batch_size
         batch = reader.micro_batch([order[first + i] for i in range(config.train.batch_size)])
-        logits, _ = model(batch.tokens, reset=batch.reset)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        answers, _ = model(batch.inputs, reset=batch.reset)
+        if batch.labels.is_floating_point():
+            loss = F.mse_loss(answers, batch.labels)
+        else:
+            loss = F.cross_entropy(answers.flatten(0, 1), batch.labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)

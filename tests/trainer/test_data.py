@@ -25,7 +25,7 @@ def test_shards_of_any_sp_make_the_same_sequence(data):
     expected = whole.micro_batch(begins)
     assert expected.reset is not None
     assert expected.reset.sum() > 0
-    assert torch.equal(expected.tokens[:, 1:], expected.labels[:, :-1])
+    assert torch.equal(expected.inputs[:, 1:], expected.labels[:, :-1])
     for shards in (2, 3, 5):
         parts = [
             SequenceReader(
@@ -33,7 +33,7 @@ def test_shards_of_any_sp_make_the_same_sequence(data):
             ).micro_batch(begins)
             for s in range(shards)
         ]
-        for name in ("tokens", "labels", "reset"):
+        for name in ("inputs", "labels", "reset"):
             joined = torch.cat([getattr(part, name) for part in parts], dim=1)
             assert torch.equal(joined, getattr(expected, name))
 
@@ -50,7 +50,7 @@ def test_segments_and_shards_make_the_same_sequence(data):
         for segment in range(3)
         for rank in range(2)
     ]
-    for name in ("tokens", "labels", "reset"):
+    for name in ("inputs", "labels", "reset"):
         joined = torch.cat([getattr(part, name) for part in parts], dim=1)
         assert torch.equal(joined, getattr(expected, name))
 
@@ -123,7 +123,7 @@ def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
         config = load_config(config_file, ["train.batch_size=4"], workers=workers)
         reader = SequenceReader(TokenStream(config.data, "train"), Layout(192), False)
         batches = training_batches(reader, config, dp_rank, consumed)
-        return [[b.tokens[0].tolist() for b in next(batches).micro_batches] for _ in range(3)]
+        return [[b.inputs[0].tolist() for b in next(batches).micro_batches] for _ in range(3)]
 
     alone = steps(1, 0, 0)
     first, second = steps(2, 0, 0), steps(2, 1, 0)

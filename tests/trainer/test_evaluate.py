@@ -56,7 +56,7 @@ def test_loss_by_position_is_the_mean_over_each_range(config_file, ranks, sp):
     model = LanguageModel(config.model)
     batch = reader.micro_batch([0, 192, 384])
     with torch.no_grad():
-        logits, _ = model(batch.tokens, reset=batch.reset)
+        logits, _ = model(batch.inputs, reset=batch.reset)
     losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
     assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
     assert result["bits_per_byte"] == pytest.approx(float(losses.mean()) / math.log(2), rel=1e-6)
@@ -126,7 +126,7 @@ def test_held_out_data_may_be_others_and_longer(config_file, tmp_path):
     batch = SequenceReader(stream, Layout(36), False).micro_batch([36 * n for n in range(6)])
     torch.manual_seed(config.run.seed)
     with torch.no_grad():
-        logits, _ = LanguageModel(config.model)(batch.tokens)
+        logits, _ = LanguageModel(config.model)(batch.inputs)
     loss = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=-100)
     assert result["tokens"] == 6
     assert result["loss"] == pytest.approx(float(loss), rel=1e-5)

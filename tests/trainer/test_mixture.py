@@ -48,7 +48,7 @@ def test_sequences_come_by_weight_from_one_source_each(config_file, sources):
     begins = [order[n] for n in range(4 * counts[1])]
     drawn = []
     for begin in begins:
-        text = bytes(reader.micro_batch([begin]).tokens[0].tolist()).decode()
+        text = bytes(reader.micro_batch([begin]).inputs[0].tolist()).decode()
         assert not (set(text) & set("abcdef") and set(text) & set("0123456"))
         drawn.append(int(bool(set(text) & set("0123456"))))
     assert all(sum(drawn[n : n + 4]) == 1 for n in range(0, len(drawn), 4))

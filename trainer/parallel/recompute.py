@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from models.lm import LanguageModel
+from models.stack import Stack
 from trainer.parallel import sequence_group  # noqa: F401  defines the operators named here
 
 _OPERATORS = torch.ops.longhaul
@@ -28,7 +28,7 @@ KEPT = (
 )
 
 
-def recompute_blocks(model: LanguageModel) -> None:
+def recompute_blocks(model: Stack) -> None:
     """Keep only the input of each block, and what KEPT names; call it before DeepSpeed wraps it."""
     model.call_block = _call
 

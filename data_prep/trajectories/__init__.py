@@ -1,0 +1,195 @@
+"""What a policy did in an environment, as sequences of frames: a dataset as any other.
+
+A folder of one policy has two datasets, as D4RL names them (Fu et al. 2020, arXiv:2004.07219):
+`medium`, what a policy of a third of an expert's score does, and `medium-replay`, all it did while
+it learned that. How a frame is written is task.TrajectoryInfo's.
+"""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.files import file_sha256, write_whole, written_whole
+from data_prep.parts import PartWriter, Told
+from data_prep.schema import DatasetInfo
+from data_prep.task import TrajectoryInfo
+from data_prep.trajectories.settings import TrajectorySettings
+from data_prep.write import Settings, existing_dataset, only_writer, seal_dataset
+
+if TYPE_CHECKING:
+    from data_prep.trajectories.policy import Episode
+
+QUALITIES = ("medium", "medium-replay")
+POLICY, POLICY_INFO, REPLAY = "policy.zip", "policy.json", "replay.npz"
+BLOCK_FRAMES = 256  # a sequence is some tens of frames long
+HELD_OUT_EVERY = 20  # an episode of so many
+Tell = Callable[[str], None]
+
+
+def prepare_trajectories(
+    settings: TrajectorySettings, out: Path, tell: Tell = print
+) -> dict[str, DatasetInfo]:
+    """Write OUT/medium and OUT/medium-replay, or find them written; by quality.
+
+    Interrupted, it goes on where a policy is there already. Raises ValueError for what cannot be
+    made, and for a folder that holds something else.
+    """
+    _check(settings)
+    with only_writer(partial := out.with_name(out.name + ".partial"), out):
+        known = _policy(settings, out, tell)
+        written = {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}
+        shutil.rmtree(partial)
+    return written
+
+
+def _check(settings: TrajectorySettings) -> None:
+    from data_prep.trajectories.policy import ALGORITHMS
+
+    if min(settings.frames, settings.most_frames) < 1:
+        raise ValueError("--frames and --most-frames must be positive")
+    if not 0 < settings.medium <= 1:
+        raise ValueError(f"--medium {settings.medium} is not above 0 and at most 1")
+    if settings.algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {settings.algorithm} is not {' or '.join(ALGORITHMS)}")
+
+
+def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, Any]:
+    """What is known of the folder's policy, which is trained where there is none."""
+    from data_prep.trajectories.environment import score_returns
+    from data_prep.trajectories.policy import described, train_policy
+
+    about = out / POLICY_INFO
+    if about.exists():
+        known: dict[str, Any] = json.loads(about.read_text())
+        if known["settings"] != asdict(settings):
+            raise ValueError(
+                f"{out} is of other settings, {known['settings']}: choose another --out"
+            )
+        return known
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and holds no policy of this command: choose another --out")
+    least, most = score_returns(settings.environment)
+    wanted = least + settings.medium * (most - least)
+    tell(f"training a policy for {settings.environment} until it earns {wanted:.0f} an episode")
+    policy, episodes = train_policy(settings, wanted, tell)
+    out.mkdir(parents=True, exist_ok=True)
+    policy.save(saved := BytesIO())
+    with written_whole(out / POLICY) as f:
+        f.write(saved.getvalue())
+    with written_whole(out / REPLAY) as f:
+        np.savez(f, **_arrays(episodes))
+    known = {
+        "settings": asdict(settings),
+        "policy": described(settings, policy.num_timesteps),
+        "sha256": file_sha256(out / POLICY),
+        "score_returns": [least, most],
+    }
+    write_whole(about, json.dumps(known, indent=2) + "\n")  # last: it says that the rest is there
+    return known
+
+
+def _dataset(
+    settings: TrajectorySettings, out: Path, quality: str, known: dict[str, Any]
+) -> DatasetInfo:
+    described = json.dumps([known, quality, BLOCK_FRAMES, HELD_OUT_EVERY])
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    if (out / quality).exists():
+        return existing_dataset(out / quality, fingerprint)
+    if quality == "medium":
+        from data_prep.trajectories.policy import act
+
+        episodes = act(settings, out / POLICY)
+    else:
+        episodes = _read_episodes(out / REPLAY)
+    about = _about(settings.environment, quality, known, episodes)
+    return write_episodes(episodes, about, fingerprint, out / quality)
+
+
+def _about(
+    environment: str, quality: str, known: dict[str, Any], episodes: list["Episode"]
+) -> TrajectoryInfo:
+    training = [e for n, e in enumerate(episodes) if not held_out(n, len(episodes))]
+    returns = [float(e.rewards.sum()) for e in training]
+    seen = np.concatenate([e.observations for e in training]).astype(np.float64)
+    return TrajectoryInfo(
+        environment=environment,
+        observation_width=seen.shape[1],
+        action_width=training[0].actions.shape[1],
+        quality=quality,
+        policy=known["policy"],
+        policy_return=float(np.mean(returns)),
+        returns=[min(returns), float(np.mean(returns)), max(returns)],
+        return_scale=max(max(map(abs, returns)), 1e-6),
+        observation_mean=seen.mean(0).tolist(),
+        observation_deviation=(seen.std(0) + 1e-6).tolist(),
+        score_returns=known["score_returns"],
+    )
+
+
+def held_out(number: int, episodes: int) -> bool:
+    """Whether an episode is kept for evaluation: one of 20, or the last of fewer."""
+    return number % HELD_OUT_EVERY == min(HELD_OUT_EVERY, episodes) - 1
+
+
+def frames_of(episode: "Episode", about: TrajectoryInfo) -> NDArray[np.float32]:
+    """[T, width] the frames of an episode, as task.TrajectoryInfo has them."""
+    before = np.zeros_like(episode.actions)
+    before[1:] = episode.actions[:-1]
+    to_go = np.cumsum(episode.rewards[::-1], dtype=np.float64)[::-1, None] / about.return_scale
+    seen = episode.observations - np.array(about.observation_mean)
+    seen /= np.array(about.observation_deviation)
+    return np.concatenate([before, to_go, seen, episode.actions], 1, dtype=np.float32)
+
+
+def write_episodes(
+    episodes: list["Episode"], about: TrajectoryInfo, fingerprint: str, out: Path
+) -> DatasetInfo:
+    """Write DIR from episodes. Raises ValueError where there are too few to keep one."""
+    info = DatasetInfo(
+        tokenizer="none",
+        vocab_size=1,
+        block_size=BLOCK_FRAMES,
+        dtype="float32",
+        fingerprint=fingerprint,
+        trajectories=about,
+    )
+    partial = out.with_name(out.name + ".partial")
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
+    part = partial / "parts" / "episodes.npz"
+    writer = PartWriter(part, info.dtype)
+    for number, episode in enumerate(episodes):
+        frames = frames_of(episode, about)
+        writer.add(frames, (0, True, number, int(held_out(number, len(episodes)))))
+    writer.close(Told([], []))
+    seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
+    return info
+
+
+def _arrays(episodes: list["Episode"]) -> dict[str, NDArray[Any]]:
+    return {
+        "observations": np.concatenate([e.observations for e in episodes]),
+        "actions": np.concatenate([e.actions for e in episodes]),
+        "rewards": np.concatenate([e.rewards for e in episodes]),
+        "lengths": np.array([len(e.rewards) for e in episodes]),
+    }
+
+
+def _read_episodes(path: Path) -> list["Episode"]:
+    from data_prep.trajectories.policy import Episode
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ends = np.cumsum(arrays["lengths"])[:-1]
+            parts = (np.split(arrays[n], ends) for n in ("observations", "actions", "rewards"))
+            return [Episode(*each) for each in zip(*parts, strict=True)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove {path.parent}") from None

@@ -1,0 +1,29 @@
+"""A finished or stopped run's model, as those who use it find it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+
+from models.build import build_model
+from trainer.checkpoint import find_weights
+from trainer.config import load_dumped
+from trainer.run_folder import RunFolder
+
+
+def load_trained(folder: Path, device: torch.device) -> tuple[Any, int]:
+    """The model of a run's newest intact checkpoint, in fp32, and the step that it is of.
+
+    Raises ValueError where the folder holds no run, or no such checkpoint.
+    """
+    run = RunFolder(folder)
+    config = load_dumped(run.config)
+    weights, manifest = find_weights(run)
+    model = build_model(config.model)
+    try:
+        load_model(model, weights)  # knows of a matrix that embedding and head share
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights} does not fit {run.config}: {error}") from None
+    return model.to(device).float().eval(), manifest.step
