@@ -62,11 +62,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config_file(tmp_path: Path, dataset: Path) -> Path:
+    return write_config(tmp_path, dataset)
+
+
+def write_config(folder: Path, dataset: Path) -> Path:
     """The smallest run that has everything: convolution, gate, MLP, resets, evaluation."""
-    path = tmp_path / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(
         f"""
-run: {{dir: {tmp_path / "run"}}}
+run: {{dir: {folder / "run"}}}
 data: {{path: {dataset}, reset_state: true}}
 model: {{layers: 2, width: 16, expansion: 1.5, memory_tokens: 64}}
 deepspeed: {{persistence_threshold: 0}}
