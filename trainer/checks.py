@@ -37,16 +37,16 @@ def value_faults(config: Config) -> Iterator[Fault]:
     model = ((f"model.{name}", message) for name, message in config.model.faults())
     yield from dict.fromkeys([*model, *bound_faults(config)])
     train, parallel = config.train, config.parallel
-    if train.segment_len not in (None, train.seq_len):
-        yield (
-            "train.segment_len",
-            f"{train.segment_len} is not train.seq_len: streamed segments are not built yet, "
-            f"leave it null",
-        )
     if config.evaluate.rollouts and not config.model.of_frames:
         yield "evaluate.rollouts", "only a decision model acts: leave it 0"
     if config.evaluate.rollouts and not find_spec("gymnasium"):
         yield "evaluate.rollouts", "gymnasium is not installed: pip install 'longhaul[rl]'"
+    if train.keep_segments > 1 and config.deepspeed.zero_stage == 3:
+        yield (
+            "train.keep_segments",
+            f"{train.keep_segments} loses gradients at ZeRO stage 3, where DeepSpeed takes a "
+            f"forward's before the next: leave it 1",
+        )
     launch = config.launch
     if launch.min_workers is not None and launch.min_workers > launch.workers:
         yield (
@@ -71,23 +71,34 @@ def _length_faults(config: Config) -> Iterator[Fault]:
     """Where sequences do not fit the ranks that share one."""
     train, sp = config.train, config.parallel.sp
     model = None if config.model.faults() else config.model
-    if train.seq_len % sp:
+    if train.segment_len is not None and train.segment_len > train.seq_len:
+        yield (
+            "train.segment_len",
+            f"{train.segment_len} is above train.seq_len {train.seq_len}: lower it, or leave it "
+            f"null",
+        )
+    elif train.segment_len and train.segment_len % sp:
+        nearest = train.segment_len // sp * sp or sp
+        yield (
+            "train.segment_len",
+            f"{train.segment_len} is not divisible by parallel.sp {sp}: use {nearest}",
+        )
+    elif train.seq_len % sp:
         nearest = train.seq_len // sp * sp or sp
         yield (
             "train.seq_len",
             f"{train.seq_len} is not divisible by parallel.sp {sp}: use {nearest}",
         )
-    elif (
-        model
-        and sp > 1
-        and (tokens := config.layout().shard_tokens) < -(-model.halo_width // model.tokens_of_input)
-    ):
-        yield (
-            "train.seq_len",
-            f"{train.seq_len} gives shards of {tokens} tokens, fewer than the "
-            f"{model.halo_width} before it that a convolution or window sees: lengthen it or "
-            f"lower parallel.sp",
-        )
+    elif model and sp > 1:
+        layout, least = config.layout(), -(-model.halo_width // model.tokens_of_input)
+        shortest = len(layout.held(layout.segments - 1))
+        if shortest < least:
+            yield (
+                "train.segment_len" if layout.segments > 1 else "train.seq_len",
+                f"{train.segment_len or train.seq_len} gives shards of {shortest} tokens, fewer "
+                f"than the {least} before it that a convolution or window sees: lengthen it or "
+                f"lower parallel.sp",
+            )
 
 
 def _sharding_faults(config: Config) -> Iterator[Fault]:

@@ -16,7 +16,7 @@ from data_prep.files import write_whole
 from models.bounds import not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
-from trainer.layout import Layout
+from trainer.layout import Layout, Plan
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge
 
@@ -73,7 +73,12 @@ class DeepSpeedConfig:
 class TrainConfig:
     steps: int = positive(100)
     seq_len: int = positive(16384)  # tokens per sequence, over all its shards
-    segment_len: int | None = None  # None: the whole sequence at once
+    # tokens of a sequence that go through the model at a time, over all shards; the gradient stays
+    # that of the whole (trainer/segments.py); null: all of them
+    segment_len: int | None = positive(None)
+    # segments, from the last one, whose activations are kept, so that they are run once, not twice
+    keep_segments: int = positive(1)
+    truncate: bool = False  # cut the gradient between segments: truncated back-propagation
     batch_size: int = positive(1)  # sequences per step, over all workers
     micro_batch_size: int = positive(1)  # sequences per forward and backward on one rank
     dtype: str = one_of("fp32", "fp32", "bf16")  # fp32, or bf16 with fp32 master weights
@@ -174,8 +179,13 @@ class Config:
 
     def layout(self, sp_rank: int = 0) -> Layout:
         """Which tokens of a sequence a rank of its SP group holds."""
-        segments = max(1, self.train.seq_len // (self.train.segment_len or self.train.seq_len))
-        return Layout(self.train.seq_len, self.parallel.sp, sp_rank, segments)
+        return Layout(self.train.seq_len, self.parallel.sp, sp_rank, self.train.segment_len)
+
+    @property
+    def plan(self) -> Plan:
+        """In which order a step runs a sequence's segments."""
+        train, segments = self.train, self.layout().segments
+        return Plan(segments, min(train.keep_segments, segments), train.truncate)
 
     @property
     def held_out(self) -> "Config":
@@ -185,7 +195,7 @@ class Config:
             cache = data.cache and f"{data.cache}/held_out"
             data = replace(data, path=evaluated.path, cache=cache)
         seq_len = evaluated.seq_len or self.train.seq_len
-        train = replace(self.train, seq_len=seq_len, segment_len=None)
+        train = replace(self.train, seq_len=seq_len)
         return replace(self, data=data, train=train)
 
     @property

@@ -10,10 +10,10 @@ order (trainer.order) depends on no such number.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,40 @@ class MicroBatch:
     scored_tokens: int | None = None
 
 
+class ReadAhead:
+    """The segments of some sequences as micro-batches, each read while another is in use."""
+
+    def __init__(
+        self, read: Callable[[int], MicroBatch], segments: list[int], pool: ThreadPoolExecutor
+    ) -> None:
+        """`segments` in the order in which they are asked for."""
+        self._read, self._order, self._pool = read, iter(segments), pool
+        self._ahead = pool.submit(read, next(self._order))
+
+    def __iter__(self) -> "ReadAhead":
+        return self
+
+    def __next__(self) -> MicroBatch:
+        """Raises DataError naming the file and the block that cannot be read."""
+        ready = self._ahead.result()
+        if (following := next(self._order, None)) is not None:
+            self._ahead = self._pool.submit(self._read, following)
+        return ready
+
+    def wait(self) -> None:
+        """Until the next one is read. Raises as above."""
+        self._ahead.result()
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """What a rank reads for a step, and the first token of every sequence of it, on any rank.
 
-    The tokens of several sources are counted end to end.
+    Of each micro-batch the segments come as they are read. The tokens of several sources are
+    counted end to end.
     """
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[ReadAhead]
     begins: list[int]
 
 
@@ -180,19 +206,26 @@ class SequenceReader:
 def training_batches(
     reader: SequenceReader, config: Config, dp_rank: int, consumed: int
 ) -> Iterator[StepBatch]:
-    """What this rank reads for every step from `consumed` sequences on, read one step ahead."""
+    """What this rank reads for every step from `consumed` sequences on.
+
+    The first segment of every micro-batch is read a step ahead. Raises DataError.
+    """
     order = reader.order(config.run.seed, config.data.shift)
     size, micro = config.train.batch_size, config.train.micro_batch_size
+    segments = config.plan.reads
 
-    def read_step(first: int) -> StepBatch:
+    def begin(first: int, pool: ThreadPoolExecutor) -> StepBatch:
         begins = [order[n] for n in range(first, first + size)]
         parts = (part * config.dp + dp_rank for part in range(config.accumulation))
         mine = (begins[part * micro : (part + 1) * micro] for part in parts)
-        return StepBatch([reader.micro_batch(each) for each in mine], begins)
+        reads = (partial(reader.micro_batch, each) for each in mine)
+        return StepBatch([ReadAhead(read, segments, pool) for read in reads], begins)
 
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-        ahead = pool.submit(read_step, consumed)
+        ahead = begin(consumed, pool)
         while True:
             consumed += size
-            ready, ahead = ahead, pool.submit(read_step, consumed)
-            yield ready.result()
+            ready, ahead = ahead, begin(consumed, pool)
+            for micro_batch in ready.micro_batches:
+                micro_batch.wait()
+            yield ready

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.mixer import Carry
 from trainer.config import Config
 from trainer.data import SequenceReader, TokenStream
 from trainer.engine import Engine
@@ -56,16 +57,14 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
 
     Of several sources, by their weights.
 
-    Sequences are sharded as in training and dealt to the DP ranks; every rank must call this and
-    gets the same result. Every rank runs equally many forwards, as ZeRO-3 demands: where the
-    sequences run out it repeats the last and does not count it.
+    Sequences are cut and sharded as in training and dealt to the DP ranks; every rank must call
+    this and gets the same result. Every rank runs equally many forwards, as ZeRO-3 demands: where
+    the sequences run out it repeats the last and does not count it.
     """
     topology, device, config = worker.topology, worker.device, worker.config
     sequences = reader.first_sequences(config.evaluate.sequences)
-    edges = _position_edges(reader.layout.seq_len)
-    held = reader.layout.held()
-    positions = torch.arange(held.start, held.stop, device=device)
-    bins = torch.bucketize(positions, torch.tensor(edges[1:-1], device=device), right=True)
+    edges, segments = _position_edges(reader.layout.seq_len), reader.layout.segments
+    inner = torch.tensor(edges[1:-1], device=device)
     task = reader.stream.info.synthetic
     distances = (task.distances if task else []) or [0]
     sources = reader.stream.names
@@ -78,14 +77,20 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
     for first in range(0, len(sequences), topology.dp_size):
         index = first + topology.dp_rank
         begin, source = sequences[min(index, len(sequences) - 1)]
-        batch = reader.micro_batch([begin])
-        reset = None if batch.reset is None else batch.reset.to(device)
-        labels = batch.labels.to(device)
-        readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
-        scores, _ = engine(batch.inputs.to(device), reset=reset, readout=readout, last=True)
-        if index < len(sequences):
-            scored = torch.cat([scores[:, 0], *_counted(labels, lengths)]).double()
-            totals[:, source, index % len(distances)].index_add_(1, bins, scored)
+        carry: list[Carry] | None = None
+        for segment in range(segments):
+            batch = reader.micro_batch([begin], segment)
+            reset = None if batch.reset is None else batch.reset.to(device)
+            labels = batch.labels.to(device)
+            readout = partial(token_scores, labels=labels, tile=config.train.loss_tile_tokens)
+            last, inputs = segment == segments - 1, batch.inputs.to(device)
+            scores, carry = engine(inputs, carry, reset=reset, readout=readout, last=last)
+            if index < len(sequences):
+                held = reader.layout.held(segment)
+                positions = torch.arange(held.start, held.stop, device=device)
+                bins = torch.bucketize(positions, inner, right=True)
+                scored = torch.cat([scores[:, 0], *_counted(labels, lengths)]).double()
+                totals[:, source, index % len(distances)].index_add_(1, bins, scored)
     engine.train()
     totals = topology.gather(totals).sum(0)
     loss, right, tokens, text_bytes = totals.sum((1, 2, 3)).tolist()

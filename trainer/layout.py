@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a rank holds: the only owner of that question. Imports no torch."""
+"""Which tokens of a sequence a rank holds, and when: the only owner of that. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,52 @@ from dataclasses import dataclass
 class Layout:
     """A sequence cut into segments, one after another, and each segment into a shard a rank.
 
-    Segments are equally long, and so are shards: T = seq_len / (segments * sp_size) tokens.
+    Segments have `segment_len` tokens (None: all), the last one what is left; shards of a segment
+    are equally long.
     """
 
     seq_len: int
     sp_size: int = 1
     sp_rank: int = 0
-    segments: int = 1
+    segment_len: int | None = None
 
     @property
-    def segment_tokens(self) -> int:
-        """Of all shards of a segment."""
-        return self.seq_len // self.segments
+    def segments(self) -> int:
+        """How many there are."""
+        return -(-self.seq_len // (self.segment_len or self.seq_len))
 
     @property
     def shard_tokens(self) -> int:
-        """T, the tokens of this rank's shard of a segment."""
-        return self.segment_tokens // self.sp_size
+        """T, the tokens of this rank's shard of the first segment, which is a longest one."""
+        return len(self.held())
 
-    def held(self, segment: int = 0) -> range:
+    def segment(self, number: int) -> range:
+        """The tokens of a segment, counted from the first of the sequence."""
+        length = self.segment_len or self.seq_len
+        return range(number * length, min(self.seq_len, (number + 1) * length))
+
+    def held(self, number: int = 0) -> range:
         """This rank's tokens of a segment, counted from the first of the sequence."""
-        first = segment * self.segment_tokens + self.sp_rank * self.shard_tokens
-        return range(first, first + self.shard_tokens)
+        segment = self.segment(number)
+        shard = len(segment) // self.sp_size
+        first = segment.start + self.sp_rank * shard
+        return range(first, first + shard)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """In which order segments are run, and which of them twice.
+
+    `keep` of the last are run once, their activations kept. With `truncate` all are, one after
+    another, and no gradient passes from one to the one before: truncated back-propagation.
+    """
+
+    segments: int
+    keep: int = 1
+    truncate: bool = False
+
+    @property
+    def reads(self) -> list[int]:
+        """The segments in the order in which they are read."""
+        there = list(range(self.segments))
+        return there if self.truncate else [*there, *reversed(there[: -self.keep])]

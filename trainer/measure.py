@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import cycle, repeat
 
 import torch
 from torch import Tensor
@@ -45,16 +45,24 @@ class ReadingCost:
     idle_memory_bytes: int
 
 
-def random_batches(worker: Worker) -> list[MicroBatch]:
-    """A step's micro-batches of random tokens, or frames, of this rank's shape."""
+def random_batches(worker: Worker) -> list[Iterator[MicroBatch]]:
+    """A step's micro-batches of random tokens, or frames, of this rank's shape, for ever."""
     config, generator = worker.config, torch.Generator().manual_seed(worker.topology.rank)
-    model, batches = config.model, []
-    shape = config.train.micro_batch_size, worker.layout.shard_tokens + 1
+    batches: list[Iterator[MicroBatch]] = []
     for _ in range(config.accumulation):
-        read = _random_inputs(model, shape, generator)
-        labels = read[..., : model.action_width].tanh() if model.of_frames else read
-        batches.append(MicroBatch(read[:, :-1], labels[:, 1:], None))
+        segments = [
+            _random_batch(config, len(worker.layout.held(number)), generator)
+            for number in range(config.plan.segments)
+        ]
+        batches.append(cycle([segments[number] for number in config.plan.reads]))
     return batches
+
+
+def _random_batch(config: Config, tokens: int, generator: torch.Generator) -> MicroBatch:
+    model = config.model
+    read = _random_inputs(model, (config.train.micro_batch_size, tokens + 1), generator)
+    labels = read[..., : model.action_width].tanh() if model.of_frames else read
+    return MicroBatch(read[:, :-1], labels[:, 1:], None)
 
 
 def _random_inputs(

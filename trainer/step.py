@@ -1,5 +1,7 @@
 """What one step computes: an engine made ready for its devices, and the gradients of its batch."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -8,12 +10,15 @@ from torch import Tensor, nn
 
 from models.build import build_model
 from models.layers import CausalConv, SwiGLU
+from models.mixer import Carry
+from models.stack import Readout
 from trainer.checkpoint import Saved
 from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.loss import summed_loss
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
+from trainer.segments import stream
 from trainer.worker import Worker
 
 # What torch.compile is given: modules whose own code exchanges nothing (what ZeRO-3 gathers for
@@ -37,33 +42,79 @@ def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     return Engine(model, worker, resume)
 
 
-def seed_dropout(worker: Worker, step: int) -> None:
-    """Dropout's masks follow from seed, step and rank alone, so that a resumed run draws the same.
+def seed_dropout(worker: Worker, *place: int) -> None:
+    """Dropout's masks follow from seed, place and rank alone: the same when it is run again.
 
-    The ranks of one sequence draw different ones, or each shard would drop the same places.
+    `place` is the step; of a streamed sequence its micro-batch and segment too. The ranks of one
+    sequence draw different ones, or each shard would drop the same places.
     """
     config = worker.config
     if config.model.dropout:
-        sequence = np.random.SeedSequence([config.run.seed, step, worker.topology.rank])
+        sequence = np.random.SeedSequence([config.run.seed, *place, worker.topology.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-def accumulate_gradients(engine: Engine, micro_batches: list[MicroBatch], worker: Worker) -> Tensor:
+def accumulate_gradients(
+    engine: Engine, micro_batches: Sequence[Iterator[MicroBatch]], worker: Worker, step: int = 0
+) -> Tensor:
     """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
+
+    Of each micro-batch come the segments of `config.plan.reads`.
 
     A rank's loss is its local sum over the token count of the whole SP group, so that gradients
     summed over SP and averaged over DP are those of the mean.
     """
-    train, device = worker.config.train, worker.device
-    total = torch.zeros((), device=device)
-    for number, batch in enumerate(micro_batches, start=1):
-        readout = partial(
-            summed_loss(batch), labels=batch.labels.to(device), tile=train.loss_tile_tokens
+    total = torch.zeros((), device=worker.device)
+    for number, segments in enumerate(micro_batches, start=1):
+        done = number == len(micro_batches)
+        pass_ = _Pass(engine, worker, (step, number), len(micro_batches), done)
+        total += stream(
+            worker.config.plan, partial(pass_.take, segments), pass_.run, pass_.backward
         )
+    return total
+
+
+@dataclass
+class _Pass:
+    """A micro-batch on its way through the model, there and back."""
+
+    engine: Engine
+    worker: Worker
+    place: tuple[int, int]  # the step, and the number of the micro-batch
+    micro_batches: int
+    last: bool  # whether no other micro-batch of the step follows
+
+    def take(self, segments: Iterator[MicroBatch]) -> MicroBatch:
+        """The next one; all workers raise the same DataError where one cannot read."""
+        if self.worker.config.plan.segments == 1:  # read, and found good, with the step's others
+            return next(segments)
+        return self.worker.read_together(lambda: next(segments))
+
+    def run(
+        self, segment: int, batch: MicroBatch, carry: list[Carry] | None, answer: bool
+    ) -> tuple[Tensor, list[Carry]]:
+        """A segment's share of the mean loss, where it is asked for, and the carry that leaves."""
+        config, device = self.worker.config, self.worker.device
+        segments, train = config.plan.segments, config.train
+        if segments > 1:
+            seed_dropout(self.worker, *self.place, segment)
+            self.worker.pulse.now(f"computing segment {segment + 1} of {segments}")
+        readout: Readout = _nothing
+        if answer:
+            labels = batch.labels.to(device)
+            readout = partial(summed_loss(batch), labels=labels, tile=train.loss_tile_tokens)
         reset = None if batch.reset is None else batch.reset.to(device)
-        loss, _ = engine(batch.inputs.to(device), reset=reset, readout=readout, last=True)
+        last = segment == segments - 1
+        loss, carry = self.engine(
+            batch.inputs.to(device), carry, reset=reset, readout=readout, last=last
+        )
         counted = batch.scored_tokens or train.seq_len  # of a sequence, in all shards
-        loss = loss / (counted * train.micro_batch_size)
-        engine.backward(loss / len(micro_batches), last=number == len(micro_batches))
-        total += loss.detach()
-    return total / len(micro_batches)
+        return loss / (counted * train.micro_batch_size * self.micro_batches), carry
+
+    def backward(self, loss: Tensor, done: bool) -> None:
+        self.engine.backward(loss, last=done and self.last)
+
+
+def _nothing(hidden: Tensor, weight: Tensor) -> Tensor:
+    """No loss: on the way there only the carry is wanted."""
+    return hidden.new_zeros(())

@@ -14,13 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data_prep.blocks import DataError
 from models.flops import parameters
 from models.scan import choose_backend
 from trainer import checkpoint
 from trainer.checks import tokenizer_faults
 from trainer.config import Config
-from trainer.data import SequenceReader, StepBatch, open_split, training_batches
+from trainer.data import SequenceReader, open_split, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, evaluated_on, final_result
 from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
@@ -156,14 +155,14 @@ class _Run:
         started = time.perf_counter()
         save_seconds = self.schedule.take_held_up()
         self.worker.pulse.now("reading data")
-        batch = self._read()
+        batch = self.worker.read_together(lambda: next(self.batches))
         data_seconds = time.perf_counter() - started
         seed_dropout(self.worker, self.step)
         meter, relays = self.topology.sequence.meter, self.topology.sequence.relays
         meter.take()
         relays.take()
         self.worker.pulse.now("computing")
-        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker)
+        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, self.step)
         exchange_seconds, _ = meter.take()
         relayed = relays.take().figures()
         losses, memory, asked = self._agree(loss_sum)
@@ -285,20 +284,6 @@ class _Run:
         assert self.evaluated
         found = final_result(self.evaluated, self.reader, self.held_out, self.config)
         self.folder.write_result({"step": self.config.train.steps, **found})
-
-    def _read(self) -> StepBatch:
-        """This rank's micro-batches; all workers raise the same DataError where one cannot read."""
-        batch, fault = None, None
-        try:
-            batch = next(self.batches)
-        except DataError as error:
-            fault = str(error)
-        failed = torch.tensor([int(batch is None)], device=self.worker.device)
-        if self.topology.gather(failed).any():
-            faults = sorted({f for f in self.topology.gather_objects(fault) if f})
-            raise DataError("\n".join(faults))
-        assert batch is not None
-        return batch
 
     def _agree(self, loss_sum: Tensor) -> tuple[Tensor, int, Stop]:
         """Every worker's share of the loss [dp * sp], the highest memory of any, what is asked.

@@ -3,18 +3,22 @@
 import ipaddress
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from data_prep.blocks import DataError
 from trainer.config import Config
 from trainer.events import Event, Pulse, Report, Stop, Warned, silent
 from trainer.layout import Layout
 from trainer.memory import keep_freed_memory
 from trainer.parallel.topology import Topology
 
+T = TypeVar("T")
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
@@ -56,6 +60,19 @@ class Worker:
 
     def warn(self, message: str) -> None:
         self.tell(Warned(message))
+
+    def read_together(self, read: Callable[[], T]) -> T:
+        """What `read` gives on each worker; all raise the same DataError where one cannot read."""
+        value, fault = None, None
+        try:
+            value = read()
+        except DataError as error:
+            fault = str(error)
+        failed = torch.tensor([int(fault is not None)], device=self.device)
+        if self.topology.gather(failed).any():
+            faults = sorted({f for f in self.topology.gather_objects(fault) if f})
+            raise DataError("\n".join(faults))
+        return cast(T, value)
 
 
 def join_group(timeout_seconds: float, use_gpu: bool = False) -> torch.device:

@@ -45,7 +45,7 @@ def test_segments_and_shards_make_the_same_sequence(data):
     expected = whole.micro_batch(begins)
     parts = [
         SequenceReader(
-            TokenStream(data, "train"), Layout(SEQ_LEN, 2, rank, segments=3), True
+            TokenStream(data, "train"), Layout(SEQ_LEN, 2, rank, SEQ_LEN // 3), True
         ).micro_batch(begins, segment)
         for segment in range(3)
         for rank in range(2)
@@ -123,7 +123,7 @@ def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
         config = load_config(config_file, ["train.batch_size=4"], workers=workers)
         reader = SequenceReader(TokenStream(config.data, "train"), Layout(192), False)
         batches = training_batches(reader, config, dp_rank, consumed)
-        return [[b.inputs[0].tolist() for b in next(batches).micro_batches] for _ in range(3)]
+        return [[next(b).inputs[0].tolist() for b in next(batches).micro_batches] for _ in range(3)]
 
     alone = steps(1, 0, 0)
     first, second = steps(2, 0, 0), steps(2, 1, 0)
