@@ -50,12 +50,17 @@ def random_batches(worker: Worker) -> list[Iterator[MicroBatch]]:
     config, generator = worker.config, torch.Generator().manual_seed(worker.topology.rank)
     batches: list[Iterator[MicroBatch]] = []
     for _ in range(config.accumulation):
-        segments = [
-            _random_batch(config, len(worker.layout.held(number)), generator)
-            for number in range(config.plan.segments)
-        ]
-        batches.append(cycle([segments[number] for number in config.plan.reads]))
+        seed = int(torch.randint(1 << 40, (), generator=generator))
+        batches.append(_random_segments(worker, seed))
     return batches
+
+
+def _random_segments(worker: Worker, seed: int) -> Iterator[MicroBatch]:
+    """Made as they are asked for, so that a sequence is never whole; the same there and back."""
+    config = worker.config
+    for number in cycle(config.plan.reads):
+        generator = torch.Generator().manual_seed(seed + number)
+        yield _random_batch(config, len(worker.layout.held(number)), generator)
 
 
 def _random_batch(config: Config, tokens: int, generator: torch.Generator) -> MicroBatch:

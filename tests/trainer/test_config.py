@@ -78,7 +78,7 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("model.vocab_size=100", "100 is below the 256 tokens"),
         ("train.seq_len=1000000", "needs 1000001 tokens"),
         ("evaluate.sequences=1 train.seq_len=40000", "the held-out split of"),
-        ("train.segment_len=64", "streamed segments are not built yet"),
+        ("train.segment_len=65536", "is above train.seq_len"),
         ("deepspeed.zero_stage=4", "4 is not 0, 1, 2 or 3"),
         ("parallel.sp=4 train.seq_len=8 launch.workers=4", "gives shards of 2 tokens"),
         ("checkpoint.keep=0", "0 is not positive"),
