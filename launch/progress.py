@@ -7,7 +7,7 @@ from typing import Never
 
 from tqdm import tqdm
 
-from trainer.events import Evaluated, Event, Metrics, Started, Stepped, Warned
+from trainer.events import Evaluated, Event, Metrics, Started, Stepped, Streamed, Warned
 
 
 class Progress:
@@ -16,6 +16,7 @@ class Progress:
     def __init__(self) -> None:
         self._bar: tqdm[Never] | None = None
         self._interactive = sys.stderr.isatty()
+        self._wrote = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -32,6 +33,10 @@ class Progress:
                 self._advance(step, metrics)
             case Evaluated(step):
                 self._write(f"step {step}: {event}")
+            case Streamed() if self._bar is not None and self._interactive:
+                self._bar.set_postfix_str(str(event))
+            case Streamed():
+                self._write_seldom(str(event))
             case Warned(message):
                 self._write(f"warning: {message}")
 
@@ -63,6 +68,12 @@ class Progress:
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
+
+    def _write_seldom(self, line: str) -> None:
+        """Where nothing can be drawn over: a line in ten seconds."""
+        if time.monotonic() - self._wrote > 10:
+            self._wrote = time.monotonic()
+            self._write(line)
 
     def _write(self, line: str) -> None:
         if self._bar is None:

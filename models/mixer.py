@@ -35,12 +35,13 @@ class SequenceOps(Protocol):
         """y [B, T, H] of a cell that is no affine map of its state, and the state that leaves."""
 
     def halo(
-        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None, last: bool = False
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] behind the `width` steps before it, [B, width + T, D], and the tail.
 
         carry and tail [B, width, D] are the steps before and at the end of the segment. Steps that
-        a reset [B, T] hides from everything after it come as zeros.
+        a reset [B, T] hides from everything after it come as zeros. With `last` nothing follows
+        the segment, and the tail comes empty.
         """
 
     def attend(
@@ -72,11 +73,11 @@ class LocalOps:
         return relay(cell, u, carry, reset)
 
     def halo(
-        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None, last: bool = False
     ) -> tuple[Tensor, Tensor]:
         check_reset(reset, x)
         extended = torch.cat([carry.to(x.dtype), x], dim=1)
-        return extended, visible_tail(extended, width, reset)
+        return extended, x[:, :0] if last else visible_tail(extended, width, reset)
 
     def attend(
         self,

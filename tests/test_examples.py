@@ -48,11 +48,17 @@ def test_a_mixer_in_a_model_of_ones_own_and_sharded_over_two_processes(tmp_path)
     run(sharded, tmp_path, *torchrun, *address)
 
 
+def test_a_model_of_ones_own_streams(tmp_path):
+    streamed = example("models/README.md", 1)
+    assert len(streamed.splitlines()) <= 35
+    run(f"{example('models/README.md')}\n{streamed}", tmp_path)
+
+
 def test_the_weights_of_a_run_alone(config_file, tmp_path):
     """In fp32 though it was trained in bf16; they are those that the optimizer holds."""
     train(config_file, 1, "train.steps=2", "train.dtype=bf16", "evaluate.sequences=0")
     path = config_file.parent / "run/checkpoints/step-000002/model.safetensors"
-    written = example("models/README.md", 1)
+    written = example("models/README.md", 2)
     code = re.sub(r'path = "[^"]*"', f'path = "{path}"', written)
     code += "assert all(p.dtype.itemsize == 4 for p in model.parameters())\n"
     code += "assert any((p != p.bfloat16()).any() for p in model.parameters())\n"

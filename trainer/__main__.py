@@ -10,7 +10,7 @@ from dataclasses import asdict
 from types import FrameType
 
 from trainer.config import load_config
-from trainer.events import Ended, Evaluated, Event, Started, Stepped, Stop, Warned
+from trainer.events import Ended, Evaluated, Event, Started, Stepped, Stop, Streamed, Warned
 from trainer.settings import ConfigError
 
 
@@ -69,7 +69,7 @@ def _line(event: Event) -> str:
                 f"step {step}/{steps}  loss {shown}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  eta {metrics['eta_seconds']:.0f} s"
             )
-        case Evaluated():
+        case Evaluated() | Streamed():
             return str(event)
     name = {Started: "start", Ended: "end", Warned: "warning"}[type(event)]
     return f"{name}: " + ", ".join(f"{key} {value}" for key, value in asdict(event).items())

@@ -33,6 +33,20 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A step on the way: of `of` runs of a segment `run` are done, in `seconds`."""
+
+    step: int  # that is being taken
+    run: int
+    of: int
+    seconds: float
+
+    def __str__(self) -> str:
+        left = self.seconds / self.run * (self.of - self.run)
+        return f"step {self.step}: segment {self.run:,} of {self.of:,}, {left:,.0f} s left"
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The held-out loss after a step, in nats per token; of actions, their squared error."""
 
@@ -65,12 +79,16 @@ class Stop(IntEnum):
     """What whoever watches asks of a run: to go on, or to stop in good order."""
 
     NO = 0
-    NOW = 1  # after the next step, and a checkpoint
+    NOW = 1  # after the next step (of a streamed one before the next segment), and a checkpoint
     AT_CHECKPOINT = 2  # after the next checkpoint that is due anyway
 
 
-Event = Started | Stepped | Evaluated | Warned | Ended
+Event = Started | Stepped | Streamed | Evaluated | Warned | Ended
 Report = Callable[[Event], Stop]
+
+
+class Stopped(Exception):
+    """A streamed step was given up, because a stop was asked for."""
 
 
 def silent(event: Event) -> Stop:

@@ -1,7 +1,8 @@
 """What one step computes: an engine made ready for its devices, and the gradients of its batch."""
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -15,12 +16,14 @@ from models.stack import Readout
 from trainer.checkpoint import Saved
 from trainer.data import MicroBatch
 from trainer.engine import Engine
+from trainer.events import Stop, Streamed
 from trainer.loss import summed_loss
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.segments import stream
 from trainer.worker import Worker
 
+TELL_SECONDS = 2.0  # at least, between two reports of how far a streamed step is
 # What torch.compile is given: modules whose own code exchanges nothing (what ZeRO-3 gathers for
 # them, its hooks gather outside the graph). The compiler may order collectives that do not depend
 # on each other differently on each rank, and they would wait for each other for ever.
@@ -55,19 +58,24 @@ def seed_dropout(worker: Worker, *place: int) -> None:
 
 
 def accumulate_gradients(
-    engine: Engine, micro_batches: Sequence[Iterator[MicroBatch]], worker: Worker, step: int = 0
+    engine: Engine,
+    micro_batches: Sequence[Iterator[MicroBatch]],
+    worker: Worker,
+    way: "OnTheWay | None" = None,
 ) -> Tensor:
     """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
 
-    Of each micro-batch come the segments of `config.plan.reads`.
+    Of each micro-batch come the segments of `config.plan.reads`. Raises Stopped amid a streamed
+    step, where `way` hears that somebody asks for it.
 
     A rank's loss is its local sum over the token count of the whole SP group, so that gradients
     summed over SP and averaged over DP are those of the mean.
     """
     total = torch.zeros((), device=worker.device)
+    way = way or OnTheWay(worker, 0)
     for number, segments in enumerate(micro_batches, start=1):
         done = number == len(micro_batches)
-        pass_ = _Pass(engine, worker, (step, number), len(micro_batches), done)
+        pass_ = _Pass(engine, way, number, len(micro_batches), done)
         total += stream(
             worker.config.plan, partial(pass_.take, segments), pass_.run, pass_.backward
         )
@@ -75,30 +83,54 @@ def accumulate_gradients(
 
 
 @dataclass
+class OnTheWay:
+    """A streamed step, which can take hours: how far it is, and whether it is to be given up."""
+
+    worker: Worker
+    step: int  # taken before it
+    asked: Stop = Stop.NO
+    runs: int = 0  # of a segment
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    def tell(self) -> None:
+        """Before each run of a segment; rank 0 reports now and then, and hears what is asked."""
+        now, config = time.monotonic(), self.worker.config
+        if self.runs and now - self.told > TELL_SECONDS:
+            self.told, of = now, len(config.plan.reads) * config.accumulation
+            event = Streamed(self.step + 1, self.runs, of, now - self.began)
+            self.asked = self.worker.tell(event)
+        self.runs += 1
+
+
+@dataclass
 class _Pass:
     """A micro-batch on its way through the model, there and back."""
 
     engine: Engine
-    worker: Worker
-    place: tuple[int, int]  # the step, and the number of the micro-batch
+    way: OnTheWay
+    number: int  # of the micro-batch
     micro_batches: int
     last: bool  # whether no other micro-batch of the step follows
 
     def take(self, segments: Iterator[MicroBatch]) -> MicroBatch:
         """The next one; all workers raise the same DataError where one cannot read."""
-        if self.worker.config.plan.segments == 1:  # read, and found good, with the step's others
+        worker = self.way.worker
+        if worker.config.plan.segments == 1:  # read, and found good, with the step's others
             return next(segments)
-        return self.worker.read_together(lambda: next(segments))
+        self.way.tell()
+        return worker.read_together(lambda: next(segments), self.way.asked)
 
     def run(
         self, segment: int, batch: MicroBatch, carry: list[Carry] | None, answer: bool
     ) -> tuple[Tensor, list[Carry]]:
         """A segment's share of the mean loss, where it is asked for, and the carry that leaves."""
-        config, device = self.worker.config, self.worker.device
+        worker = self.way.worker
+        config, device = worker.config, worker.device
         segments, train = config.plan.segments, config.train
         if segments > 1:
-            seed_dropout(self.worker, *self.place, segment)
-            self.worker.pulse.now(f"computing segment {segment + 1} of {segments}")
+            seed_dropout(worker, self.way.step, self.number, segment)
+            worker.pulse.now(f"computing segment {segment + 1} of {segments}")
         readout: Readout = _nothing
         if answer:
             labels = batch.labels.to(device)

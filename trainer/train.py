@@ -22,7 +22,17 @@ from trainer.config import Config
 from trainer.data import SequenceReader, open_split, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, evaluated_on, final_result
-from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, silent
+from trainer.events import (
+    Ended,
+    Evaluated,
+    Pulse,
+    Report,
+    Started,
+    Stepped,
+    Stop,
+    Stopped,
+    silent,
+)
 from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, RunError, compare_replicas
 from trainer.memory import peak_memory_bytes
@@ -30,7 +40,7 @@ from trainer.metrics import RunRecord, finite
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder
 from trainer.start import find_checkpoint, open_folder, redrawn
-from trainer.step import accumulate_gradients, build_engine, seed_dropout
+from trainer.step import OnTheWay, accumulate_gradients, build_engine, seed_dropout
 from trainer.worker import Worker
 
 LOCK_PATIENCE_SECONDS = 10  # for a worker of the start before that is just ending
@@ -59,6 +69,9 @@ def train(
             except RunError:
                 run.note_bad_step()
                 raise
+            except Stopped:
+                run.save_before_stop()
+                break
             if run.save_due or run.step == run.last_step or asked == Stop.NOW:
                 run.save()
                 stop = asked
@@ -103,6 +116,7 @@ class _Run:
         self.step, self.consumed = 0, 0  # steps taken; sequences read for them
         if saved:
             self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
+        self.saved_step = self.step
         self.last_step = config.train.steps
         if config.train.stop_after is not None:
             self.last_step = min(self.last_step, self.step + config.train.stop_after)
@@ -162,7 +176,8 @@ class _Run:
         meter.take()
         relays.take()
         self.worker.pulse.now("computing")
-        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, self.step)
+        way = OnTheWay(self.worker, self.step, self.asked)
+        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, way)
         exchange_seconds, _ = meter.take()
         relayed = relays.take().figures()
         losses, memory, asked = self._agree(loss_sum)
@@ -224,7 +239,13 @@ class _Run:
             versions=versions(),
         )
         self.saver.start(manifest, self.engine.snapshot())
+        self.saved_step = self.step
         self.schedule.saved(time.perf_counter() - started)
+
+    def save_before_stop(self) -> None:
+        """A checkpoint of the last step, where there is none: the one after it is given up."""
+        if self.step != self.saved_step:
+            self.save()
 
     def _end_save(self, last: bool = False) -> None:
         """Wait for the save before; what went wrong with it is told, or ends the run."""

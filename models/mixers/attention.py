@@ -25,6 +25,6 @@ class AttentionMixer(SoftmaxMixer):
     ) -> tuple[Tensor, Carry]:
         carry = self.init_carry(x.shape[0], x.device) if carry is None else carry
         cache, tail = carry[: len(Cache._fields)], carry[len(Cache._fields) :]
-        u, tail = self.convolve(x, tail, reset)
+        u, tail = self.convolve(x, tail, reset, last)
         y, cache = self.ops.attend(self.project(u), Cache(*cache), reset, self.rope_base, last)
         return self.out(y.flatten(2)), () if last else (*cache, *tail)

@@ -68,7 +68,7 @@ class MambaMixer(SequenceMixer):
         state, tail = carry or self.init_carry(x.shape[0], x.device)
         u, *z = self.into(x).split(self.state_width, dim=-1)
         if self.conv is not None:
-            extended, tail = self.ops.halo(u, self.halo_width, tail, reset)
+            extended, tail = self.ops.halo(u, self.halo_width, tail, reset, last)
             u = self.conv(extended, reset)
         u = F.silu(u)
         low_rank, b, c = self.select(u).split([self.rank, self.states, self.states], dim=-1)

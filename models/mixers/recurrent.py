@@ -70,7 +70,7 @@ class RecurrentMixer(SequenceMixer):
         *state, tail = carry or self.init_carry(x.shape[0], x.device)
         u = x
         if self.conv is not None:
-            u, tail = self.ops.halo(x, self.halo_width, tail, reset)
+            u, tail = self.ops.halo(x, self.halo_width, tail, reset, last)
             u = self.conv(u, reset)
         h, leaving = self.recur(u, tuple(state), reset)
         if self.gate is not None:

@@ -34,11 +34,13 @@ class SoftmaxMixer(SequenceMixer):
             return ()
         return (torch.zeros(batch_size, self.conv_halo, self.width, device=device),)
 
-    def convolve(self, x: Tensor, tail: Carry, reset: Tensor | None) -> tuple[Tensor, Carry]:
+    def convolve(
+        self, x: Tensor, tail: Carry, reset: Tensor | None, last: bool
+    ) -> tuple[Tensor, Carry]:
         """conv(x), and the halo that leaves; x where there is no convolution."""
         if self.conv is None:
             return x, ()
-        extended, leaving = self.ops.halo(x, self.conv_halo, tail[0], reset)
+        extended, leaving = self.ops.halo(x, self.conv_halo, tail[0], reset, last)
         return self.conv(extended, reset), (leaving,)
 
     def project(self, x: Tensor) -> QKV:

@@ -38,11 +38,11 @@ class WindowMixer(SoftmaxMixer):
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
         tail, *before = carry or self.init_carry(x.shape[0], x.device)
-        u, leaving = self.convolve(x, tuple(before), reset)
+        u, leaving = self.convolve(x, tuple(before), reset, last)
         q, k, v = self.project(u)
         there = k.new_ones(*k.shape[:2], 1)
         steps = torch.cat([k.flatten(2), v.flatten(2), there], dim=-1)
-        steps, tail = self.ops.halo(steps, self.halo_width, tail, reset)
+        steps, tail = self.ops.halo(steps, self.halo_width, tail, reset, last)
         k, v, there = steps.split([self.kv_width, self.kv_width, 1], dim=-1)
         k, v = (y.unflatten(-1, (self.kv_heads, self.head_width)) for y in (k, v))
         visible = there[:, : self.halo_width, 0] > 0.5

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from models.config import ModelConfig
@@ -17,8 +18,11 @@ from tests.conftest import write_config
 from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, run, train_here
 from trainer import segments as segments_module
+from trainer import step as step_module
+from trainer import train as train_module
 from trainer.config import ConfigError, load_config
 from trainer.data import MicroBatch
+from trainer.events import Ended, Event, Stop, Streamed
 from trainer.layout import Layout, Plan
 from trainer.segments import stream
 
@@ -93,12 +97,12 @@ def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     return max(float((one[n] - other[n]).abs().max() / other[n].abs().max()) for n in other)
 
 
-@pytest.mark.parametrize("segment_len", [53, 27, 20, 7])
+@pytest.mark.parametrize("segment_len", [27, 20, 7])
 @pytest.mark.parametrize("mixer", MIXED, ids=str)
 def test_the_gradient_is_that_of_the_whole(mixer, segment_len):
     """Of every parameter, in fp64, with a shorter last segment and resets on edges."""
     loss, expected = _whole(mixer, segment_len)
-    for keep in (1, 2):
+    for keep in (1, 2) if segment_len == 20 else (1,):
         streamed, gradients = _streamed(mixer, segment_len, keep)
         assert streamed == pytest.approx(loss, rel=1e-12)
         assert _difference(gradients, expected) < 1e-9
@@ -192,7 +196,7 @@ def plain(dataset, tmp_path_factory) -> dict[str, Figures]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "sp"), [(1, 1), (2, 2), (3, 3), (4, 2)], ids=str)
+@pytest.mark.parametrize(("ranks", "sp"), [(1, 1), (3, 3), (4, 2)], ids=str)
 def test_a_streamed_run_equals_plain_torch(config_file, plain, ranks, sp):
     """Losses and gradient norms over 5 steps, with micro-batches, clipping and resets."""
     streamed = run_distributed(_every_case, ranks, config_file, sp)[0]
@@ -211,6 +215,39 @@ def test_masks_of_dropout_are_those_of_the_way_there(config_file):
         folder = f"run.dir={config_file.parent / str(keep)}"
         found.append(figures(run(config_file, 1, *options, f"train.keep_segments={keep}", folder)))
     assert found[0] == found[1] == found[2]
+
+
+def _stopped_amid(config_file: Path, options: list[str]) -> tuple[Figures, list[str], bool]:
+    """A run that is asked to stop amid its third step."""
+    step_module.TELL_SECONDS = 0
+    config = load_config(config_file, options, workers=dist.get_world_size())
+    events: list[Event] = []
+
+    def report(event: Event) -> Stop:
+        events.append(event)
+        amid = isinstance(event, Streamed) and (event.step, event.run) == (3, 4)
+        return Stop.NOW if amid else Stop.NO
+
+    train_module.train(config, report)
+    told = [str(event) for event in events if isinstance(event, Streamed)]
+    ended = events[-1] if events else None  # rank 0 alone is told
+    return figures(events), told, isinstance(ended, Ended) and ended.step < ended.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_streamed_step_is_given_up_when_a_stop_is_asked_for(config_file, stage):
+    """At the next segment, not after minutes; the run goes on from the step before, to the bit."""
+    options = [*HYBRID, "train.segment_len=48", "parallel.sp=2", f"deepspeed.zero_stage={stage}"]
+    whole = figures(run(config_file, 2, *options))
+    options.append(f"run.dir={config_file.parent / 'stopped'}")
+    first, told, stopped = run_distributed(_stopped_amid, 2, config_file, options, fresh=True)[0]
+    assert stopped
+    assert len(first) == 2
+    # two micro-batches of four segments, seven runs each
+    assert told[0].startswith("step 1: segment 1 of 14, ")
+    assert told[-1].startswith("step 3: segment 4 of 14, ")
+    assert first + figures(run(config_file, 2, *options)) == whole
 
 
 @pytest.mark.slow

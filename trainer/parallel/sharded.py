@@ -34,7 +34,7 @@ class ShardedOps:
         return self.relays.relay(cell, u, carry, reset)
 
     def halo(
-        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None
+        self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None, last: bool = False
     ) -> tuple[Tensor, Tensor]:
         if x.shape[1] < width:
             raise ValueError(
@@ -43,7 +43,7 @@ class ShardedOps:
             )
         check_reset(reset, x)
         tail = visible_tail(x, width, reset)
-        halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group)
+        halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group, last)
         return torch.cat([halo, x], dim=1), leaving
 
     def attend(

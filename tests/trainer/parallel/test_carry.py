@@ -92,7 +92,9 @@ def _check_halo() -> int:
                     pieces.append(extended)
                 cot = [_cotangent(piece, rank) for rank, piece in enumerate(pieces)]
                 cot_tail = _cotangent(tail, 99)
-                want = torch.autograd.grad([*pieces, tail], [x, carry], [*cot, cot_tail])
+                want = torch.autograd.grad(
+                    [*pieces, tail], [x, carry], [*cot, cot_tail], retain_graph=True
+                )
                 local = x.detach()[:, mine].clone().requires_grad_()
                 local_reset = None if reset is None else reset[:, mine]
                 got, got_tail = ShardedOps(group).halo(local, width, carry, local_reset)
@@ -101,6 +103,17 @@ def _check_halo() -> int:
                 )
                 torch.testing.assert_close(got, pieces[group.rank])
                 torch.testing.assert_close(got_tail, tail)
+                torch.testing.assert_close(grads[0], want[0][:, mine])
+                torch.testing.assert_close(grads[1], want[1])
+                # with nothing after it: the same but for the tail, which nobody sends
+                group.meter.take()
+                alone, empty = ShardedOps(group).halo(local, width, carry, local_reset, last=True)
+                sent = local.new_empty(BATCH, width, WIDTH).nbytes
+                assert group.meter.take()[1] == (sent if group.rank < group.size - 1 else 0)
+                assert empty.shape == (BATCH, 0, WIDTH)
+                torch.testing.assert_close(alone, got)
+                want = torch.autograd.grad(pieces, [x, carry], cot, allow_unused=True)
+                grads = torch.autograd.grad(alone, [local, carry], cot[group.rank])
                 torch.testing.assert_close(grads[0], want[0][:, mine])
                 torch.testing.assert_close(grads[1], want[1])
                 checked += 1
