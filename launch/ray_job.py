@@ -65,6 +65,9 @@ def make_absolute(config: Config) -> None:
     else:
         data.path = _absolute(data.path)
     config.checkpoint.remote = remote and _absolute(remote)
+    config.data.cache = config.data.cache and _absolute(config.data.cache)
+    config.evaluate.path = config.evaluate.path and _absolute(config.evaluate.path)
+    config.train.init_from = config.train.init_from and _absolute(config.train.init_from)
 
 
 def _absolute(path: str) -> str:

@@ -4,7 +4,8 @@ Defaults <- YAML file <- key=value. Every fault is found in one pass and reporte
 file, the line and the nearest known key.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import write_whole
-from models.bounds import not_negative, one_of, positive
+from models.bounds import Fault, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
 from trainer.layout import Layout, Plan
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge
 
+# fields of a model that its weights do not follow from
+NOT_OF_WEIGHTS = ("dropout", "memory_tokens", "window", "rope_base")
 LONG = 1e8  # seconds, three years
 
 
@@ -78,6 +81,8 @@ class TrainConfig:
     segment_len: int | None = positive(None)
     # segments, from the last one, whose activations are kept, so that they are run once, not twice
     keep_segments: int = positive(1)
+    # the folder of a run of the same model, whose newest weights this one begins with
+    init_from: str | None = file_path(None)
     truncate: bool = False  # cut the gradient between segments: truncated back-propagation
     batch_size: int = positive(1)  # sequences per step, over all workers
     micro_batch_size: int = positive(1)  # sequences per forward and backward on one rank
@@ -195,7 +200,8 @@ class Config:
             cache = data.cache and f"{data.cache}/held_out"
             data = replace(data, path=evaluated.path, cache=cache)
         seq_len = evaluated.seq_len or self.train.seq_len
-        train = replace(self.train, seq_len=seq_len)
+        segment_len = self.train.segment_len and min(self.train.segment_len, seq_len)
+        train = replace(self.train, seq_len=seq_len, segment_len=segment_len)
         return replace(self, data=data, train=train)
 
     @property
@@ -219,10 +225,25 @@ def load_config(path: str | Path, overrides: list[str], workers: int | None = No
     faults = [*value_faults(config), *data_faults(config), *unusable]
     if not unusable and folder.resumes():
         faults += resume_faults(folder, load_dumped(folder.config), config)
+    elif config.train.init_from:
+        faults += _init_faults(config, Path(config.train.init_from))
     messages += [f"{places.get(key, f'{path}: {key}')}: {message}" for key, message in faults]
     if messages:
         raise ConfigError(str(path), messages)
     return config
+
+
+def _init_faults(config: Config, begun: Path) -> Iterator[Fault]:
+    """Where the weights of the run in `begun` are not of this model."""
+    try:
+        theirs = load_dumped(begun / "config.yaml").model
+    except ValueError as error:
+        yield "train.init_from", str(error)
+        return
+    for name in (each.name for each in fields(ModelConfig)):
+        ours, its = getattr(config.model, name), getattr(theirs, name)
+        if name not in NOT_OF_WEIGHTS and ours != its:
+            yield f"model.{name}", f"{ours!r} differs from {its!r} of {begun}: keep it"
 
 
 def follow_data(config: Config, places: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from trainer.loss import summed_loss
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
 from trainer.segments import stream
+from trainer.trained import take_weights
 from trainer.worker import Worker
 
 TELL_SECONDS = 2.0  # at least, between two reports of how far a streamed step is
@@ -35,6 +37,8 @@ def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     config = worker.config
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
+    if resume is None and (begun := config.train.init_from):
+        worker.topology.together(lambda: take_weights(model, Path(begun)))
     parallelize(model, worker.topology, config.parallel.relay_tolerance)
     if config.train.recompute:
         recompute_blocks(model)

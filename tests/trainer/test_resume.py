@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here
 from trainer import checkpoint
+from trainer.config import ConfigError, dump_config, load_config
 from trainer.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -134,3 +135,43 @@ def test_goes_on_with_other_workers(config_file, stage, before, after):
     for got, want in zip(actual, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
     assert not list((config_file.parent / "moved" / "checkpoints").glob("*.universal"))
+
+
+def test_a_run_begins_with_the_weights_of_another(config_file):
+    """At another length, batch, stage and number of workers, with an optimizer of its own."""
+    first = config_file.parent / "first"
+    run(config_file, 2, f"run.dir={first}", "train.steps=3", "parallel.sp=2")
+    weights = load_file(RunFolder(first).checkpoint(3) / checkpoint.WEIGHTS)
+    begun = [f"train.init_from={first}", "train.seq_len=96", "train.batch_size=4"]
+    others = ["train.micro_batch_size=2", "deepspeed.zero_stage=3", "train.steps=1"]
+    still = "optim.learning_rate=1e-12"
+    second = config_file.parent / "second"
+    run(config_file, 1, f"run.dir={second}", *begun, *others, still)
+    taken = load_file(RunFolder(second).checkpoint(1) / checkpoint.WEIGHTS)
+    assert weights.keys() == taken.keys()
+    for name in weights:
+        torch.testing.assert_close(taken[name], weights[name], rtol=0, atol=1e-9)
+    # once it has a checkpoint of its own it goes on from that
+    on = [f"run.dir={second}", *begun, *others[:2], "train.steps=2"]
+    assert started_at(run(config_file, 1, *on)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["train.init_from=nowhere"], "nowhere is not the folder of a run"),
+        (["model.width=24"], "model.width: 24 differs from 16"),
+        (["model.mixer=minlstm"], "model.mixer: 'minlstm' differs from 'mingru'"),
+        (["model.dropout=0.1"], None),
+    ],
+)
+def test_weights_of_another_model_are_refused(config_file, options, told):
+    first = config_file.parent / "first"
+    first.mkdir()
+    dump_config(load_config(config_file, []), first / "config.yaml")
+    begun = [f"train.init_from={first}", *options]
+    if told is None:
+        assert load_config(config_file, begun).train.init_from == str(first)
+        return
+    with pytest.raises(ConfigError, match=told):
+        load_config(config_file, begun)
