@@ -43,11 +43,11 @@ evaluate: {{sequences: 4, rollouts: 2, rollout_frames: 8}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
-def test_shards_of_frames_equal_plain_torch(decision_file, stage):
-    """Episodes cut anywhere, over two ranks of a sequence."""
+@pytest.mark.parametrize("how", ["deepspeed.zero_stage=3", "train.segment_len=24"])
+def test_shards_of_frames_equal_plain_torch(decision_file, how):
+    """Episodes cut anywhere, over two ranks of a sequence, and over segments."""
     expected = plain_training(decision_file, SHARDED[0])
-    trained = figures(run(decision_file, 2, *SHARDED, f"deepspeed.zero_stage={stage}"))
+    trained = figures(run(decision_file, 2, *SHARDED, how))
     assert len(trained) == 5
     for got, want in zip(trained, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
