@@ -1,0 +1,93 @@
+"""Speed and memory of one training step over the length of its sequence, streamed and whole.
+
+    python -m tests.benchmarks.bench_context [--longest TOKENS] [--quick]
+
+One worker on one thread, the trainer's own step on random tokens, a process a cell; a cell that
+takes longer than the limit ends its line. Writes results/context_*.md, .csv and .png.
+"""
+
+import argparse
+from statistics import median
+from typing import Any
+
+from launch.compare.child import Call, Child, Failed
+from launch.plot import Axes, Series, plot_lines
+from models.config import ModelConfig
+from tests.benchmarks import results
+from trainer.config import Config, LaunchConfig, OptimConfig, TrainConfig
+
+SEGMENT = 16_384
+SHORTEST = 4_096
+SECONDS = 900.0  # of a cell: a step that is not timed, and one that is
+LINES = {  # (mixer, whether it is streamed)
+    "minGRU, streamed": ("mingru", True),
+    "minGRU, whole": ("mingru", False),
+    "window, streamed": ("window", True),
+    "attention, streamed": ("attention", True),
+    "attention, whole": ("attention", False),
+}
+
+
+def _config(mixer: str, length: int, segment: int | None) -> Config:
+    return Config(
+        model=ModelConfig(mixer=mixer, layers=4, width=128, window=1024),
+        train=TrainConfig(seq_len=length, segment_len=segment and min(segment, length)),
+        optim=OptimConfig(warmup_steps=0),
+        launch=LaunchConfig(workers=1),
+    )
+
+
+def measured(lengths: tuple[int, int], segment: int) -> list[dict[str, Any]]:
+    """A row for each line and length, until a line's cell fails."""
+    rows, given_up = [], set()
+    length, longest = lengths
+    while length <= longest:
+        for name, (mixer, streamed) in LINES.items():
+            if name in given_up:
+                continue
+            config = _config(mixer, length, segment if streamed else None)
+            call = Call("trainer.measure:measure_training", config, (1, 0.0), SECONDS)
+            cost = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
+            row: dict[str, Any] = {"line": name, "tokens": length}
+            if isinstance(cost, Failed):
+                given_up.add(name)
+                row |= {"tokens/s": cost.why.strip().splitlines()[-1], "MB over idle": None}
+            else:
+                row["tokens/s"] = round(length / median(cost.step_seconds))
+                row["MB over idle"] = round(cost.peak_memory_bytes / 1e6)
+            rows.append(row)
+            print(rows[-1], flush=True)
+        length *= 4
+    return rows
+
+
+def _series(rows: list[dict[str, Any]], of: str) -> Series:
+    measured = [row for row in rows if row["MB over idle"] is not None]
+    lines = {name: [(r["tokens"], r[of]) for r in measured if r["line"] == name] for name in LINES}
+    return {name: points for name, points in lines.items() if points}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--longest", type=int, default=1 << 24, help="tokens")
+    parser.add_argument("--quick", action="store_true", help="two lengths, nothing written")
+    options = parser.parse_args()
+    lengths = (512, 2048) if options.quick else (SHORTEST, options.longest)
+    rows = measured(lengths, 512 if options.quick else SEGMENT)
+    text = "# One step over the length of its sequence\n\n" + results.circumstances()
+    text += (
+        f"\n4 layers of width 128, fp32, one thread, segments of {SEGMENT:,} tokens; the second "
+        f"step of two; a cell ends after {SECONDS:.0f} s, and its line with it.\n\n"
+    )
+    text += results.table(rows)
+    print(text)
+    if not options.quick:
+        results.write_csv("context", rows)
+        results.result_path("context", ".md").write_text(text)
+        for of, suffix in (("tokens/s", "_speed.png"), ("MB over idle", "_memory.png")):
+            axes = Axes("One training step", "tokens of its sequence", of, lengths=True)
+            plot_lines(results.result_path("context", suffix), _series(rows, of), axes)
+
+
+if __name__ == "__main__":
+    main()
