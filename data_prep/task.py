@@ -29,7 +29,7 @@ class TrajectoryInfo:
     action_width: int
     quality: str  # of what acted: medium, or medium-replay
     policy: str  # what acted, and how it was made
-    policy_return: float  # the mean return of its own episodes
+    policy_return: float  # what it earned, on average, in the last episodes of its training
     returns: list[float]  # the lowest, mean and highest of an episode to train on
     return_scale: float
     observation_mean: list[float]

@@ -195,14 +195,12 @@ def mixing_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
     """What keeps datasets from being trained on together."""
     yield from tokenizer_faults(paths, infos)
     for path, info in zip(paths, infos, strict=True):
-        if info.trajectories != infos[0].trajectories:
-            yield f"{path} and {paths[0]} are not episodes of one policy: they cannot be mixed"
         if info.synthetic and len(paths) > 1:
             yield f"{path} is a task with a sequence length of its own: it cannot be mixed"
 
 
 def tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str]:
-    """Where data are not of one tokenizer."""
+    """Where data are not of one tokenizer, or frames not scaled alike."""
     for path, info in zip(paths[1:], infos[1:], strict=True):
         for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "end_of_document"):
             ours, first = getattr(info, name), getattr(infos[0], name)
@@ -212,6 +210,9 @@ def tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str
                     f"{first!r}): prepare both with the same"
                 )
                 break
+        else:
+            if info.trajectories != infos[0].trajectories:
+                yield f"{path} and {paths[0]} are frames of different episodes, scaled otherwise"
 
 
 def data_fingerprint(config: Config) -> str | None:

@@ -45,10 +45,11 @@ def prepare_trajectories(
     """
     _check(settings)
     with only_writer(partial := out.with_name(out.name + ".partial"), out):
-        known = _policy(settings, out, tell)
-        written = {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}
-        shutil.rmtree(partial)
-    return written
+        try:
+            known = _policy(settings, out, tell)
+            return {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}
+        finally:
+            shutil.rmtree(partial)
 
 
 def _check(settings: TrajectorySettings) -> None:
@@ -80,7 +81,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, An
     least, most = score_returns(settings.environment)
     wanted = least + settings.medium * (most - least)
     tell(f"training a policy for {settings.environment} until it earns {wanted:.0f} an episode")
-    policy, episodes = train_policy(settings, wanted, tell)
+    policy, episodes, reached = train_policy(settings, wanted, tell)
     out.mkdir(parents=True, exist_ok=True)
     policy.save(saved := BytesIO())
     with written_whole(out / POLICY) as f:
@@ -90,6 +91,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, An
     known = {
         "settings": asdict(settings),
         "policy": described(settings, policy.num_timesteps),
+        "return": reached,
         "sha256": file_sha256(out / POLICY),
         "score_returns": [least, most],
     }
@@ -126,7 +128,7 @@ def _about(
         action_width=training[0].actions.shape[1],
         quality=quality,
         policy=known["policy"],
-        policy_return=float(np.mean(returns)),
+        policy_return=known["return"],
         returns=[min(returns), float(np.mean(returns)), max(returns)],
         return_scale=max(max(map(abs, returns)), 1e-6),
         observation_mean=seen.mean(0).tolist(),

@@ -27,7 +27,10 @@ def main(argv: list[str]) -> int:
     try:
         out = vars(args).pop("out")
         written = prepare_trajectories(TrajectorySettings(**vars(args)), out)
-    except (ValueError, OSError, ImportError) as error:
+    except ImportError as error:
+        print(f"error: {error}: pip install 'longhaul[rl]'", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

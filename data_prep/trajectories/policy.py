@@ -86,8 +86,8 @@ def recent_return(recorder: Recorder) -> float:
 
 def train_policy(
     settings: TrajectorySettings, wanted: float, tell: Callable[[str], None]
-) -> tuple[BaseAlgorithm, list[Episode]]:
-    """A policy whose last training episodes earn `wanted` on average, and all its episodes.
+) -> tuple[BaseAlgorithm, list[Episode], float]:
+    """A policy whose last training episodes earn `wanted` on average, all of them, what it earns.
 
     Raises ValueError where it does not come so far.
     """
@@ -102,7 +102,7 @@ def train_policy(
             f"{reached:.0f} an episode, below {wanted:.0f}: raise --most-frames, lower --medium, "
             f"or choose another --algorithm"
         )
-    return policy, recorder.episodes
+    return policy, recorder.episodes, reached
 
 
 def act(settings: TrajectorySettings, policy: Path) -> list[Episode]:

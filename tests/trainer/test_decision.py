@@ -196,6 +196,14 @@ def test_a_language_model_does_not_act(config_file):
         load_config(config_file, ["evaluate.rollouts=2"])
 
 
+def test_frames_that_are_scaled_otherwise_are_refused(decision_file, frames, tmp_path):
+    """To be mixed with, or to be evaluated on: their numbers mean something else."""
+    other = write_made_up(tmp_path / "other", count=40)
+    for override in (f"data.path={{{frames}: 1, {other}: 1}}", f"evaluate.path={other}"):
+        with pytest.raises(ConfigError, match="scaled otherwise"):
+            load_config(decision_file, [override])
+
+
 def test_frames_and_text_are_not_mixed(decision_file, frames, dataset):
     with pytest.raises(ConfigError, match="not of one tokenizer"):
         load_config(decision_file, [f"data.path={{{frames}: 1, {dataset}: 1}}"])
