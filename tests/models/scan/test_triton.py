@@ -60,7 +60,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 @pytest.mark.parametrize("where", ["none", "edges"])
 @pytest.mark.parametrize(
-    ("steps", "chunk"), [(1, 64), (30, 9), pytest.param(70, 64, marks=pytest.mark.slow)]
+    ("steps", "chunk"), [(1, 64), (13, 4), pytest.param(70, 64, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", TRITON)
 def test_equals_definition(name, steps, chunk, where, monkeypatch):
