@@ -41,7 +41,7 @@ from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder
 from trainer.start import find_checkpoint, open_folder, redrawn
 from trainer.step import OnTheWay, accumulate_gradients, build_engine, seed_dropout
-from trainer.worker import Worker
+from trainer.worker import Worker, multiplies_in_bf16
 
 LOCK_PATIENCE_SECONDS = 10  # for a worker of the start before that is just ending
 
@@ -149,6 +149,8 @@ class _Run:
                 changed=tuple(self.changed),
             )
         )
+        if config.train.dtype == "bf16" and not multiplies_in_bf16(self.worker.device):
+            self.worker.warn("this processor has no bf16, which is slow: set train.dtype=fp32")
         if self.changed and (jump := redrawn(self.folder, config, self.step)):
             self.worker.warn(jump)
 

@@ -81,6 +81,13 @@ class Worker:
         return cast(T, value)
 
 
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for it; a processor without is some 40 times slower than fp32."""
+    if device.type == "cuda" or not torch.backends.mkldnn.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def join_group(timeout_seconds: float, use_gpu: bool = False) -> torch.device:
     """Join the process group (NCCL with GPUs, gloo without) and return this rank's device.
 

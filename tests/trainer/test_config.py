@@ -137,9 +137,8 @@ def test_configurations_of_the_paper_are_valid():
     assert len(paths) >= 10
     for path in paths:
         comparison = load_comparison(path, ["compare.tasks={}"])
-        asked = {"mingru", "minlstm", "attention", "mamba"}
-        if not comparison.config.model.of_frames:
-            asked |= {"gru", "lstm"}
+        asked = {"mingru", "minlstm", "mamba"}
+        asked |= {"attention"} if comparison.config.model.of_frames else {"gru", "lstm"}
         assert asked <= set(comparison.models), path
 
 

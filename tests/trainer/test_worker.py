@@ -1,9 +1,13 @@
 """How workers find each other."""
 
+from pathlib import Path
+
 import psutil
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
+from tests.trainer.runs import train_here, warnings
+from trainer import train as train_module
 
 
 def _listening() -> set[str]:
@@ -15,3 +19,20 @@ def _listening() -> set[str]:
 def test_local_workers_listen_on_loopback_alone():
     """Neither the store nor gloo is to be reached from another machine."""
     assert run_distributed(_listening, 2, fresh=True) == [{"127.0.0.1"}] * 2
+
+
+def _told(config_file: Path) -> list[int]:
+    """How often it is said, on a processor that has bf16 and on one that has not."""
+    counts = []
+    for has in (True, False):
+        train_module.multiplies_in_bf16 = lambda device, has=has: has
+        folder = f"run.dir={config_file.parent / str(has)}"
+        options = ["train.dtype=bf16", "train.steps=1", "evaluate.sequences=0", folder]
+        told = warnings(train_here(config_file, options))
+        counts.append(sum("train.dtype=fp32" in message for message in told))
+    return counts
+
+
+def test_bf16_without_instructions_for_it_is_told(config_file):
+    """Or a run takes an hour for a minute's work, and nobody knows why."""
+    assert run_distributed(_told, 1, config_file, fresh=True) == [[0, 1]]
