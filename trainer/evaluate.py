@@ -162,8 +162,9 @@ def _rolled_out(config: Config) -> "Rollouts":
     from trainer.rollout import roll_out  # needs gymnasium
 
     settings = config.evaluate
-    folder, asked = Path(config.run.dir), settings.rollout_return
-    return roll_out(folder, settings.rollouts, config.run.seed, asked, settings.rollout_frames)
+    folder, episodes, asked = Path(config.run.dir), settings.rollouts, settings.rollout_return
+    first = config.run.seed * episodes  # no two runs begin in the same places
+    return roll_out(folder, episodes, first, asked, settings.rollout_frames)
 
 
 def evaluated_on(held_out: SequenceReader, config: Config) -> list[Any]:
