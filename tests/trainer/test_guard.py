@@ -112,10 +112,10 @@ def _spoiled(config_file: Path, options: list[str], where: str) -> tuple[list, l
     """
     accumulate, calls, weights = step.accumulate_gradients, [], []
 
-    def spoil(engine, micro_batches, worker):
+    def spoil(engine, micro_batches, worker, way):
         calls.append(1)
         weights.append(engine.weights())
-        loss = accumulate(engine, micro_batches, worker)
+        loss = accumulate(engine, micro_batches, worker, way)
         if len(calls) == 3 and worker.topology.rank == 1 and where == "loss":
             return loss * math.nan
         return loss

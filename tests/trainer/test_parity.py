@@ -91,10 +91,10 @@ def _planted(config_file: Path, stage: int) -> Figures:
     """A run whose loss forgets that the shards of one sequence are to be summed, not averaged."""
     accumulate = train_module.accumulate_gradients
 
-    def wrong_by_sp(engine, micro_batches, worker):
+    def wrong_by_sp(engine, micro_batches, worker, way):
         right, sp = type(engine).backward, worker.topology.sp_size
         engine.backward = lambda loss, last: right(engine, loss * sp, last=last)
-        return accumulate(engine, micro_batches, worker)
+        return accumulate(engine, micro_batches, worker, way)
 
     train_module.accumulate_gradients = wrong_by_sp
     overrides = [
