@@ -76,10 +76,11 @@ def _summary(run: _Record) -> str:
     if risen := risen_loss(run.metrics):
         lines.append(f"warning: {risen}")
     if run.result:
-        lines.append(f"\nHeld-out {_unit(run)} on {run.result['tokens']:,} tokens:")
+        what = "squared error of actions" if run.config.model.of_frames else "loss"
+        lines.append(f"\nHeld-out {what} on {run.result['tokens']:,} tokens:")
         for name, row in _models(run):
             bits = row["bits_per_byte"]
-            told = "" if bits is None else f"   {bits:.4f} bits per byte"
+            told = "" if bits is None else f" nats   {bits:.4f} bits per byte"
             lines.append(f"  {name:<8} {row['loss']:.4f}{told}")
         if played := run.result.get("rollouts"):
             lines.append(
@@ -90,7 +91,7 @@ def _summary(run: _Record) -> str:
 
 
 def _unit(run: _Record) -> str:
-    return "squared error of actions" if run.config.model.of_frames else "loss, nats per token,"
+    return "squared error of actions" if run.config.model.of_frames else "loss, nats per token"
 
 
 def risen_loss(metrics: list[Line]) -> str | None:
@@ -264,7 +265,7 @@ def _plot(run: _Record) -> None:
             left.axhline(row["loss"], color="gray", ls=style, lw=1, label=name)
         centers = [start for start, _, _ in result["by_position"]]
         right.step(centers, [loss for _, _, loss in result["by_position"]], where="post")
-    left.set(xlabel="tokens", ylabel=_unit(run).strip(","), title="Loss over training")
+    left.set(xlabel="tokens", ylabel=_unit(run), title="Loss over training")
     left.legend()
     right.set(xlabel="position in the sequence, tokens", title="Held-out loss by position")
     right.set_xscale("symlog", linthresh=16)

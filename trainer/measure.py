@@ -18,7 +18,7 @@ from trainer.data import MicroBatch
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import peak_flops
 from trainer.step import accumulate_gradients, build_engine
-from trainer.worker import Worker
+from trainer.worker import Worker, multiplies_in_bf16
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ def _limit_flops(worker: Worker) -> float:
     """FLOP/s of products of large matrices on this worker, while all others make them too."""
     device, bf16 = worker.device, worker.config.train.dtype == "bf16"
     size = 8192 if device.type == "cuda" else 1024
+    if bf16 and not multiplies_in_bf16(device):
+        size = 256  # of 1024 they would take minutes
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     rates = []
     for _ in range(5):
