@@ -57,7 +57,10 @@ def write_report(folder: RunFolder) -> str:
 
 def _commands(run: _Record) -> list[str]:
     folder = run.folder
-    use = f'generate {folder.path} --prompt "import os"' if run.sample else f"rollout {folder.path}"
+    seen = run.config.evaluate.rollout_frames
+    use = f"rollout {folder.path}" + (f" --frames {seen}" if seen else "")
+    if run.sample:
+        use = f'generate {folder.path} --prompt "import os"'
     return [
         f"tensorboard --logdir {folder.tensorboard}",
         f"python -m launch train {folder.config} train.steps=N    # resume, and train longer",

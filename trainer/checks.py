@@ -38,7 +38,13 @@ def value_faults(config: Config) -> Iterator[Fault]:
     yield from dict.fromkeys([*model, *bound_faults(config)])
     train, parallel = config.train, config.parallel
     if config.evaluate.rollouts and not config.model.of_frames:
-        yield "evaluate.rollouts", "only a decision model acts: leave it 0"
+        yield (
+            "evaluate.rollouts",
+            "only a decision model acts: leave it 0, or set model.observation_width and "
+            "model.action_width where the data lie at an address",
+        )
+    if config.evaluate.rollouts and not config.evaluate.sequences:
+        yield "evaluate.rollouts", "they are played with an evaluation: raise evaluate.sequences"
     if config.evaluate.rollouts and not find_spec("gymnasium"):
         yield "evaluate.rollouts", "gymnasium is not installed: pip install 'longhaul[rl]'"
     if train.keep_segments > 1 and config.deepspeed.zero_stage == 3:

@@ -159,8 +159,10 @@ def final_result(
 
 
 def _rolled_out(config: Config) -> "Rollouts":
-    from trainer.rollout import roll_out  # needs gymnasium
-
+    try:
+        from trainer.rollout import roll_out
+    except ImportError as error:
+        raise ValueError(f"evaluate.rollouts: {error}: pip install 'longhaul[rl]'") from None
     settings = config.evaluate
     folder, episodes, asked = Path(config.run.dir), settings.rollouts, settings.rollout_return
     first = config.run.seed * episodes  # no two runs begin in the same places

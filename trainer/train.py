@@ -38,7 +38,7 @@ from trainer.guard import RECENT, Guard, RunError, compare_replicas
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import RunRecord, finite
 from trainer.optim import learning_rate
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, truncate_after
 from trainer.start import find_checkpoint, open_folder, redrawn
 from trainer.step import OnTheWay, accumulate_gradients, build_engine, seed_dropout
 from trainer.worker import Worker, multiplies_in_bf16
@@ -293,9 +293,11 @@ class _Run:
             mine = result is not None and result.get("of") == of
             if not self.topology.gather_objects(mine)[0]:
                 if self.evaluated is None:
+                    if self.topology.first:  # the line of an earlier result, if there is one
+                        truncate_after(self.folder.evaluations, steps - 1)
                     self.evaluate()
                 self.worker.pulse.now("making the result")
-                self.topology.on_first(self._write_result)
+                self.topology.aside.on_first(self._write_result)  # which may take its time
         if self.record:
             self.record.close()
         self.worker.tell(Ended(self.step, steps))

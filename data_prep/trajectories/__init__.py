@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 QUALITIES = ("medium", "medium-replay")
 POLICY, POLICY_INFO, REPLAY = "policy.zip", "policy.json", "replay.npz"
+# what an interruption may leave, which is made again
+UNFINISHED = {POLICY, REPLAY, "policy.tmp", "replay.tmp"}
 BLOCK_FRAMES = 256  # a sequence is some tens of frames long
 HELD_OUT_EVERY = 20  # an episode of so many
 Tell = Callable[[str], None]
@@ -76,7 +78,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, An
                 f"{out} is of other settings, {known['settings']}: choose another --out"
             )
         return known
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and {path.name for path in out.iterdir()} - UNFINISHED:
         raise ValueError(f"{out} exists and holds no policy of this command: choose another --out")
     least, most = score_returns(settings.environment)
     wanted = least + settings.medium * (most - least)
@@ -92,7 +94,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, An
         "settings": asdict(settings),
         "policy": described(settings, policy.num_timesteps),
         "return": reached,
-        "sha256": file_sha256(out / POLICY),
+        "sha256": file_sha256(out / REPLAY),  # the policy's own file has its date in it
         "score_returns": [least, most],
     }
     write_whole(about, json.dumps(known, indent=2) + "\n")  # last: it says that the rest is there
@@ -112,6 +114,8 @@ def _dataset(
         episodes = act(settings, out / POLICY)
     else:
         episodes = _read_episodes(out / REPLAY)
+    if len(episodes) < 2:
+        raise ValueError(f"{len(episodes)} episodes are too few to keep one: raise --frames")
     about = _about(settings.environment, quality, known, episodes)
     return write_episodes(episodes, about, fingerprint, out / quality)
 

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("environment", metavar="ENVIRONMENT", help="of gymnasium's MuJoCo tasks, Hopper-v5")
-    add("--out", required=True, type=Path, metavar="DIR")
+    add("--out", required=True, metavar="DIR")
     add("--frames", type=int, default=defaults.frames, help="of DIR/medium, at least")
     add("--algorithm", default=defaults.algorithm, help="by which the policy learns: ppo or sac")
     add("--medium", type=float, default=defaults.medium, help="share of an expert's score")
@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         out = vars(args).pop("out")
+        if "://" in out:
+            raise ValueError(f"--out {out} is an address: name a folder of this machine")
+        out = Path(out)
         written = prepare_trajectories(TrajectorySettings(**vars(args)), out)
     except ImportError as error:
         print(f"error: {error}: pip install 'longhaul[rl]'", file=sys.stderr)

@@ -18,7 +18,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames {args.frames} is not positive")
-    from trainer.rollout import roll_out  # imports torch and gymnasium
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is negative")
+    try:
+        from trainer.rollout import roll_out  # imports torch and gymnasium
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'longhaul[rl]'") from None
 
     played = roll_out(args.run, args.episodes, args.seed, args.asked, args.frames)
     for earned, length in zip(played.returns, played.lengths, strict=True):

@@ -98,8 +98,10 @@ def test_a_policy_and_its_two_datasets(tmp_path, capsys):
     assert (out / "medium" / "dataset.json").read_bytes() == index
     again = tmp_path / "again"
     assert main(["Hopper-v5", "--out", str(again), *FEW]) == 0
-    split, other = medium.splits["train"], load_info(again / "medium").splits["train"]
-    assert split.tokens == other.tokens
+    for name in ("medium", "medium-replay"):
+        one, other = load_info(out / name), load_info(again / name)
+        assert one.fingerprint == other.fingerprint
+        assert one.splits == other.splits
     assert main(["Hopper-v5", "--out", str(out), "--frames", "301"]) == 1
     assert "of other settings" in capsys.readouterr().err
 
@@ -112,12 +114,24 @@ def test_a_policy_and_its_two_datasets(tmp_path, capsys):
         (["Hopper-v5", "--frames", "0"], "must be positive"),
         (["Hopper-v5", "--algorithm", "ddpg"], "--algorithm ddpg is not ppo or sac"),
         (["Hopper-v99"], "cannot be made"),
+        (["Hopper-v5", "--out", "s3://bucket/hopper"], "is an address"),
     ],
 )
 def test_what_cannot_be_made_is_told(tmp_path, capsys, arguments, told):
-    assert main([*arguments, "--out", str(tmp_path / "x")]) == 1
+    assert main(["--out", str(tmp_path / "x"), *arguments]) == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_it_goes_on(tmp_path):
+    """What was written of a policy before it was described is made again."""
+    out = tmp_path / "hopper"
+    out.mkdir()
+    for name in ("policy.zip", "replay.tmp"):
+        (out / name).write_bytes(b"half")
+    assert main(["Hopper-v5", "--out", str(out), *FEW]) == 0
+    assert load_info(out / "medium-replay").splits["train"].tokens > 0
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ import torch
 from launch.__main__ import main
 from models.build import build_model
 from models.config import ModelConfig
-from tests.trainer.runs import figures, plain_training, run
+from tests.trainer.runs import figures, plain_training, run, warnings
 from tests.trajectories import about, make_episodes, write_made_up
 from trainer import rollout
 from trainer.config import ConfigError, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.layout import Layout
+from trainer.loss import summed_squared_error
 from trainer.rollout import _Player, roll_out
 
 SHARDED = ["model.mixer=[mingru,window]", "parallel.sp=2"]
@@ -172,6 +173,28 @@ def test_a_trained_run_is_played_again(decision_file, capsys):
     assert f"normalised score of {played['score']:.1f}" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_finished_run_is_played_more_often(decision_file):
+    """Asked for more episodes it makes its result anew, and its record stays whole."""
+    folder = decision_file.parent / "run"
+    run(decision_file, 1)
+    for episodes in (3, 4):
+        told = warnings(run(decision_file, 1, f"evaluate.rollouts={episodes}"))
+        assert not any("could not be read" in message for message in told)
+        played = json.loads((folder / "evaluation.json").read_text())["rollouts"]
+        assert len(played["returns"]) == episodes
+    assert len((folder / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_action_at_its_bound_still_learns_in_bf16():
+    """Labels of clipped actions push there; a frame of the other sign must come back."""
+    hidden = torch.full((1, 1, 4), 2.0, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.full((3, 4), 0.5, dtype=torch.bfloat16)  # actions of tanh(4)
+    summed_squared_error(hidden, weight, -torch.ones(1, 1, 3), 8).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.abs().min() > 1e-4
+
+
 def test_only_a_run_on_frames_is_played(tmp_path):
     with pytest.raises(ValueError, match="is not a run on what data_prep"):
         roll_out(tmp_path, 1)
@@ -184,6 +207,7 @@ def test_only_a_run_on_frames_is_played(tmp_path):
         ("model.action_width=4", "4 is not the 3 of"),
         ("model.observation_width=4", "4 is not the 11 of"),
         ("evaluate.rollout_frames=0", "evaluate.rollout_frames"),
+        ("evaluate.sequences=0", "raise evaluate.sequences"),
     ],
 )
 def test_a_run_that_does_not_fit_its_frames_is_told(decision_file, override, told):
