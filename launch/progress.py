@@ -46,7 +46,7 @@ class Progress:
         print(
             f"{event.parameters:,} parameters on {event.workers} workers: dp={event.dp}, "
             f"sp={event.sp}, {event.shard_tokens:,} tokens of every sequence per worker, "
-            f"{event.scan} scan" + (f"; resuming at step {event.step}" if event.step else ""),
+            f"{event.scan} scan{_resuming(event)}",
             flush=True,
         )
         for change in event.changed:
@@ -80,3 +80,8 @@ class Progress:
             print(line, flush=True)
         else:
             self._bar.write(line, file=sys.stderr)
+
+
+def _resuming(start: Started) -> str:
+    amid = f", {start.runs:,} segments into the next" if start.runs else ""
+    return f"; resuming at step {start.step}{amid}" if start.step or amid else ""

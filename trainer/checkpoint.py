@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder, add_line, read_lines
-from trainer.storage import MANIFEST, Mirror
+from trainer.storage import MANIFEST, Mirror, place_of
 
 LEFT = ".left"  # the end of the name of a checkpoint that was put aside
 WEIGHTS = "model.safetensors"
@@ -38,6 +38,9 @@ class Manifest:
     sequences_consumed: int  # since the run began
     data_fingerprint: str
     positions: list[tuple[int, int]] = field(default_factory=list)  # both, of every source
+    # of a segment, done for the next step; and how that goes through them (trainer/midstep.py)
+    runs: int = 0
+    way: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -74,7 +77,7 @@ class Saver:
             self._thread = None
 
     def _write(self, manifest: Manifest, files: Files) -> None:
-        peers, final = self._peers, self._run.checkpoint(manifest.step)
+        peers, final = self._peers, self._run.checkpoint(manifest.step, manifest.runs)
         partial = final.with_suffix(".tmp")
         try:
             peers.on_first(lambda: _clear(partial))
@@ -143,8 +146,8 @@ def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
 
     def newest() -> str | None:
         there, here = mirror.saved()[:1], [path.name for path in run.saved()[:1]]
-        step = [int(name.removeprefix("step-")) for name in (*there, *(here or ["step--1"]))]
-        return there[0] if there and step[0] > step[1] else None
+        newer = bool(there) and (not here or _place(there[0]) > _place(here[0]))
+        return there[0] if newer else None
 
     names = topology.gather_objects(topology.together(newest))
     name = names[0]
@@ -155,7 +158,7 @@ def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
     files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
     mine = files[topology.rank :: topology.world_size]
     topology.together(lambda: mirror.download(name, mine, partial))
-    topology.on_first(lambda: _record(run, partial, int(name.removeprefix("step-"))))
+    topology.on_first(lambda: _record(run, partial, _place(name)[0]))
     topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
 
 
@@ -175,14 +178,16 @@ def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:
             f"(it has {names})"
         )
     for path in here:
-        later = _step(path) > step
+        later = _place(path.name) > (step, 0)
         if later and (path / MANIFEST).stat().st_mtime < submitted:
             left.append(_leave(path))
     return left
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _place(name: str) -> tuple[int, int]:
+    place = place_of(name)
+    assert place, name
+    return place
 
 
 def _leave(path: Path) -> Path:
@@ -197,7 +202,7 @@ def note_bad_steps(run: RunFolder, since: int, on_bad_step: str) -> None:
 
     Those are the newest one, and any that was saved in between.
     """
-    led = [p for i, p in enumerate(run.saved()) if i == 0 or _step(p) >= since - 1]
+    led = [p for i, p in enumerate(run.saved()) if i == 0 or _place(p.name)[0] >= since - 1]
     digests = [file_sha256(path / MANIFEST) for path in led]
     line = {"since": since, "manifests_sha256": digests, "on_bad_step": on_bad_step}
     add_line(run.bad_steps, line)

@@ -204,25 +204,33 @@ class SequenceReader:
 
 
 def training_batches(
-    reader: SequenceReader, config: Config, dp_rank: int, consumed: int
+    reader: SequenceReader,
+    config: Config,
+    dp_rank: int,
+    consumed: int,
+    done: tuple[int, int] = (0, 0),
 ) -> Iterator[StepBatch]:
     """What this rank reads for every step from `consumed` sequences on.
 
-    The first segment of every micro-batch is read a step ahead. Raises DataError.
+    Of the first of them but what was `done` before: micro-batches, and reads of the one after. The
+    first segment of every micro-batch is read a step ahead. Raises DataError.
     """
     order = reader.order(config.run.seed, config.data.shift)
     size, micro = config.train.batch_size, config.train.micro_batch_size
     segments = config.plan.reads
 
-    def begin(first: int, pool: ThreadPoolExecutor) -> StepBatch:
+    def begin(first: int, pool: ThreadPoolExecutor, done: tuple[int, int] = (0, 0)) -> StepBatch:
         begins = [order[n] for n in range(first, first + size)]
-        parts = (part * config.dp + dp_rank for part in range(config.accumulation))
+        parts = (part * config.dp + dp_rank for part in range(done[0], config.accumulation))
         mine = (begins[part * micro : (part + 1) * micro] for part in parts)
-        reads = (partial(reader.micro_batch, each) for each in mine)
-        return StepBatch([ReadAhead(read, segments, pool) for read in reads], begins)
+        ahead, left = [], segments[done[1] :]
+        for each in mine:
+            ahead.append(ReadAhead(partial(reader.micro_batch, each), left, pool))
+            left = segments
+        return StepBatch(ahead, begins)
 
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-        ahead = begin(consumed, pool)
+        ahead = begin(consumed, pool, done)
         while True:
             consumed += size
             ready, ahead = ahead, begin(consumed, pool)

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from models.flops import parameters
 from models.scan import Recurrence
+from trainer import accumulated as gradients
+from trainer.accumulated import Share
 from trainer.checkpoint import WEIGHTS, Files, Saved
 from trainer.config import Config
 from trainer.guard import weights_checksum
@@ -40,10 +42,11 @@ TAG = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
 
 @cache
 def _deepspeed() -> Any:
-    """DeepSpeed, imported once, quiet, and without its build step.
+    """DeepSpeed, imported once, quiet, and without what it builds for others.
 
     Its CPU backend compiles a shared-memory all-reduce at first use (35 s, and a race between
-    workers) that only its inference engine calls.
+    workers) that only its inference engine calls. And where ZeRO asks whether an optimizer is Muon,
+    Muon is handed to torch.compile, for whose sake every worker imports the compiler (5 s).
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -51,6 +54,10 @@ def _deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compiles, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = compiles
     return deepspeed
 
 
@@ -229,6 +236,14 @@ class Engine:
                     whole = kept.get(id(parameter), parameter).detach()
                 gathered[name] = whole.float().cpu().clone().contiguous()
         return gathered
+
+    def accumulated(self) -> Share:
+        """A copy of what this rank has of the gradients since the last step."""
+        return gradients.read(self._engine, self._stage)
+
+    def give_back(self, share: Share) -> None:
+        """What was read of an engine like this one: go on from there."""
+        gradients.put(self._engine, self._stage, share)
 
     def weights_checksum(self) -> int:
         """Of the weights that every worker holds whole."""

@@ -21,6 +21,7 @@ class Started:
     shard_tokens: int
     scan: str  # the backend
     changed: tuple[str, ...] = ()  # settings that are not those of the last start
+    runs: int = 0  # of a segment, done for the next step by an earlier start
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Stop(IntEnum):
     """What whoever watches asks of a run: to go on, or to stop in good order."""
 
     NO = 0
-    NOW = 1  # after the next step (of a streamed one before the next segment), and a checkpoint
+    NOW = 1  # after the next step, or segment of a streamed one, and a checkpoint
     AT_CHECKPOINT = 2  # after the next checkpoint that is due anyway
 
 
@@ -88,7 +89,7 @@ Report = Callable[[Event], Stop]
 
 
 class Stopped(Exception):
-    """A streamed step was given up, because a stop was asked for."""
+    """A stop amid a streamed step, which is saved as far as it is."""
 
 
 def silent(event: Event) -> Stop:

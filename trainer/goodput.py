@@ -90,8 +90,11 @@ class SaveSchedule:
 
     def due(self, step: int) -> bool:
         """Whether to save after this step."""
-        waited = time.monotonic() - self._last
-        return step % self._config.every == 0 or waited >= self.interval_seconds
+        return step % self._config.every == 0 or self.overdue()
+
+    def overdue(self) -> bool:
+        """Whether to save wherever that can be done: amid a step too."""
+        return time.monotonic() - self._last >= self.interval_seconds
 
     def saved(self, seconds: float) -> None:
         """A save has held up the steps for so long."""

@@ -79,7 +79,7 @@ class Guard:
         saved = RunFolder(self._config.run.dir).saved()
         if len(saved) < 2:
             return "; if it comes again, start anew in another run.dir"
-        newest, before = (int(path.name.removeprefix("step-")) for path in saved[:2])
+        newest, before = (path.name.removeprefix("step-") for path in saved[:2])
         return (
             f"; that goes back to step {before}, for step {newest} led here "
             f"(checkpoint.resume_step={newest} goes on from it all the same)"

@@ -31,12 +31,15 @@ def step_metrics(worker: Worker, measured: Metrics) -> Metrics:
     rate = config.train.batch_size * config.train.seq_len / seconds
     rate_per_worker = rate / config.launch.workers
     peak = peak_flops(worker.device)
-    flops = training_flops_per_token(config.model, config.train.seq_len) * rate_per_worker
+    mfu = None
+    if peak is not None:
+        per_token = training_flops_per_token(config.model, config.train.seq_len)
+        mfu = per_token * rate_per_worker / peak
     return {
         **measured,
         "tokens_per_second": rate,
         "tokens_per_second_per_worker": rate_per_worker,
-        "mfu": None if peak is None else flops / peak,
+        "mfu": mfu,
     }
 
 

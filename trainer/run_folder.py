@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from data_prep.files import write_whole
 from data_prep.schema import INFO_NAME, TOKENIZER_NAME
-from trainer.storage import MANIFEST
+from trainer.storage import MANIFEST, place_of
 
 Line = dict[str, Any]  # of a .jsonl file
 
@@ -56,15 +55,17 @@ class RunFolder:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
 
-    def checkpoint(self, step: int) -> Path:
-        """The folder of a step's checkpoint; it exists when its manifest does."""
-        return self.checkpoints / f"step-{step:06d}"
+    def checkpoint(self, step: int, runs: int = 0) -> Path:
+        """The folder of a step's checkpoint; it exists when its manifest does.
+
+        `runs` of a segment were done for the next step, if that was under way.
+        """
+        return self.checkpoints / (f"step-{step:06d}" + (f"-{runs:06d}" if runs else ""))
 
     def saved(self) -> list[Path]:
         """Checkpoint folders, newest first; unfinished and damaged ones have other names."""
-        named = ((p, re.fullmatch(r"step-(\d+)", p.name)) for p in self.checkpoints.glob("step-*"))
-        folders = [(int(name[1]), p) for p, name in named if name and p.is_dir()]
-        return [p for _, p in sorted(folders, reverse=True)]
+        named = ((place_of(p.name), p) for p in self.checkpoints.glob("step-*") if p.is_dir())
+        return [path for _, path in sorted(each for each in named if each[0])[::-1]]
 
     def newest_manifest(self) -> Line | None:
         """What the newest checkpoint says of itself, if it can be read."""

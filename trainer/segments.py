@@ -3,11 +3,12 @@
 There, without gradients, only the carries are kept. Back, each segment is run again from the carry
 that entered it, and its backward takes the gradient of the carry that left it: what a segment
 sends to an earlier one is that gradient and nothing else. Memory is one segment's, and the carries.
-One forward more than unstreamed, but for the last `keep_segments`.
+One forward more than unstreamed, but for the last `keep_segments`. Between two segments a
+`Position` is all that a later start needs to go on.
 """
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,75 +17,98 @@ from models.mixer import Carry
 from trainer.data import MicroBatch
 from trainer.layout import Plan
 
-# (segment, its micro-batch, entering carry, whether to answer) -> (loss, leaving carry)
-Run = Callable[[int, MicroBatch, list[Carry] | None, bool], tuple[Tensor, list[Carry]]]
+
+@dataclass
+class Position:
+    """How far a sequence is: so many of `plan.reads` are done, and this is left of them."""
+
+    reads: int = 0
+    # the carries that enter the segments which are to be run (again), in their order
+    entering: list[list[Carry] | None] = field(default_factory=lambda: [None])
+    flow: list[list[Tensor | None]] | None = None  # the gradient of the carry that left the next
+    losses: list[Tensor] = field(default_factory=list)
 
 
-def stream(
-    plan: Plan,
-    take: Callable[[], MicroBatch],
-    run: Run,
-    backward: Callable[[Tensor, bool], None],
-) -> Tensor:
-    """The sum of the segments' losses, whose gradient was given to `backward`, segment by segment.
+class Work(Protocol):
+    """What a segment is put through. Every rank makes each call equally often."""
 
-    `take` gives the micro-batch of the next of `plan.reads`; `backward(loss, done)` is told which
-    is the last. Every rank calls each equally often.
+    def take(self, here: Position | None) -> MicroBatch:
+        """That of the next of `plan.reads`; None where activations are held, which none can keep.
+
+        The place to save the position, and to raise where the step is to be given up.
+        """
+
+    def run(
+        self, segment: int, batch: MicroBatch, carry: list[Carry] | None, answer: bool
+    ) -> tuple[Tensor, list[Carry]]:
+        """Its loss, where there is to be an answer, and the carry that leaves it."""
+
+    def backward(self, loss: Tensor, done: bool) -> None:
+        """Add the gradient of `loss`, which is the last one where it is `done`."""
+
+
+def stream(plan: Plan, work: Work, here: Position | None = None) -> Tensor:
+    """The sum of the segments' losses, whose gradient was given to `work`, segment by segment.
+
+    From the position of an earlier start, where there is one.
     """
-    return (
-        _truncated(plan, take, run, backward)
-        if plan.truncate
-        else _exact(plan, take, run, backward)
-    )
+    here = here or Position()
+    _truncated(plan, work, here) if plan.truncate else _exact(plan, work, here)
+    return torch.stack(here.losses).sum()
 
 
-def _exact(
-    plan: Plan,
-    take: Callable[[], MicroBatch],
-    run: Run,
-    backward: Callable[[Tensor, bool], None],
-) -> Tensor:
-    entering: list[list[Carry] | None] = [None]  # of each segment so far
-    first_kept = max(0, plan.segments - plan.keep)
+def _exact(plan: Plan, work: Work, here: Position) -> None:
+    first_kept = plan.segments - plan.keep
     with torch.no_grad():
-        for segment in range(first_kept):
-            entering.append(run(segment, take(), entering[-1], False)[1])
-    kept = []
-    for segment in range(first_kept, plan.segments):
-        leaves = _leaves(entering.pop())
-        loss, leaving = run(segment, take(), leaves, True)
-        kept.append((loss, leaving, leaves))
-        entering.append(leaving)
-    entering.pop()
-    flow: list[list[Tensor | None]] | None = None  # the gradient of the carry that left
-    losses = []
-    for segment in reversed(range(plan.segments)):
-        if kept:
-            loss, leaving, leaves = kept.pop()
-        else:
-            leaves = _leaves(entering.pop())
-            loss, leaving = run(segment, take(), leaves, True)
-        losses.append(loss.detach())
-        backward(loss + _met(leaving, flow), segment == 0)
-        flow = None if leaves is None else [[_gradient(x) for x in carry] for carry in leaves]
+        while here.reads < first_kept:
+            batch = work.take(here)
+            here.entering.append(work.run(here.reads, batch, here.entering[-1], False)[1])
+            here.reads += 1
+    if here.reads == first_kept:
+        kept = []
+        for segment in range(first_kept, plan.segments):
+            batch = work.take(here if segment == first_kept else None)
+            leaves = _leaves(here.entering.pop())
+            loss, leaving = work.run(segment, batch, leaves, True)
+            here.entering.append(leaving)
+            kept.append((loss, leaving, leaves))
+        here.entering.pop()
         del loss, leaving, leaves
-    return torch.stack(losses).sum()
+        while kept:
+            _back(here, work, *kept.pop(), done=not (kept or here.entering))
+        here.reads = plan.segments
+    while here.entering:
+        batch = work.take(here)
+        leaves = _leaves(here.entering.pop())
+        loss, leaving = work.run(len(here.entering), batch, leaves, True)
+        _back(here, work, loss, leaving, leaves, done=not here.entering)
+        del loss, leaving, leaves
+        here.reads += 1
 
 
-def _truncated(
-    plan: Plan,
-    take: Callable[[], MicroBatch],
-    run: Run,
-    backward: Callable[[Tensor, bool], None],
-) -> Tensor:
-    carry: list[Carry] | None = None
-    losses = []
-    for segment in range(plan.segments):
-        loss, leaving = run(segment, take(), carry, True)
-        losses.append(loss.detach())
-        backward(loss, segment == plan.segments - 1)
-        carry = [tuple(x.detach() for x in layer) for layer in leaving]
-    return torch.stack(losses).sum()
+def _back(
+    here: Position,
+    work: Work,
+    loss: Tensor,
+    leaving: list[Carry],
+    leaves: list[Carry] | None,
+    *,
+    done: bool,
+) -> None:
+    """The backward of a segment; what it sends to the one before is the position's flow."""
+    work.backward(loss + _met(leaving, here.flow), done)
+    here.losses.append(loss.detach())
+    here.flow = None if leaves is None else [[_gradient(x) for x in carry] for carry in leaves]
+
+
+def _truncated(plan: Plan, work: Work, here: Position) -> None:
+    while here.reads < plan.segments:
+        batch = work.take(here)
+        loss, leaving = work.run(here.reads, batch, here.entering.pop(), True)
+        work.backward(loss, here.reads == plan.segments - 1)
+        here.losses.append(loss.detach())
+        here.entering.append([tuple(x.detach() for x in layer) for layer in leaving])
+        here.reads += 1
 
 
 def _leaves(carry: list[Carry] | None) -> list[Carry] | None:

@@ -1,8 +1,7 @@
 """What one step computes: an engine made ready for its devices, and the gradients of its batch."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +16,15 @@ from models.stack import Readout
 from trainer.checkpoint import Saved
 from trainer.data import MicroBatch
 from trainer.engine import Engine
-from trainer.events import Stop, Streamed
+from trainer.events import Stop, Stopped
 from trainer.loss import summed_loss
+from trainer.midstep import Midstep
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
-from trainer.segments import stream
+from trainer.segments import Position, stream
 from trainer.trained import take_weights
 from trainer.worker import Worker
 
-TELL_SECONDS = 2.0  # at least, between two reports of how far a streamed step is
 # What torch.compile is given: modules whose own code exchanges nothing (what ZeRO-3 gathers for
 # them, its hooks gather outside the graph). The compiler may order collectives that do not depend
 # on each other differently on each rank, and they would wait for each other for ever.
@@ -63,77 +62,57 @@ def seed_dropout(worker: Worker, *place: int) -> None:
 
 def accumulate_gradients(
     engine: Engine,
-    micro_batches: Sequence[Iterator[MicroBatch]],
+    micro_batches: Iterable[Iterator[MicroBatch]],
     worker: Worker,
-    way: "OnTheWay | None" = None,
+    midstep: Midstep | None = None,
 ) -> Tensor:
     """Forward and backward of a step; this rank's part of the mean loss, summed over the step.
 
-    Of each micro-batch come the segments of `config.plan.reads`. Raises Stopped amid a streamed
-    step, where `way` hears that somebody asks for it.
+    Of each micro-batch come the segments of `config.plan.reads`, from where the step stands. Raises
+    Stopped amid a streamed step, where somebody asks for it, once that is saved.
 
     A rank's loss is its local sum over the token count of the whole SP group, so that gradients
     summed over SP and averaged over DP are those of the mean.
     """
-    total = torch.zeros((), device=worker.device)
-    way = way or OnTheWay(worker, 0)
-    for number, segments in enumerate(micro_batches, start=1):
-        done = number == len(micro_batches)
-        pass_ = _Pass(engine, way, number, len(micro_batches), done)
-        total += stream(
-            worker.config.plan, partial(pass_.take, segments), pass_.run, pass_.backward
-        )
-    return total
+    now = midstep or Midstep(worker, 0)
+    for segments in micro_batches:
+        loss = stream(worker.config.plan, _Work(engine, now, segments), now.here)
+        now.next_micro_batch(loss)
+    return now.total.to(worker.device)
 
 
 @dataclass
-class OnTheWay:
-    """A streamed step, which can take hours: how far it is, and whether it is to be given up."""
-
-    worker: Worker
-    step: int  # taken before it
-    asked: Stop = Stop.NO
-    runs: int = 0  # of a segment
-    began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
-
-    def tell(self) -> None:
-        """Before each run of a segment; rank 0 reports now and then, and hears what is asked."""
-        now, config = time.monotonic(), self.worker.config
-        if self.runs and now - self.told > TELL_SECONDS:
-            self.told, of = now, len(config.plan.reads) * config.accumulation
-            event = Streamed(self.step + 1, self.runs, of, now - self.began)
-            self.asked = self.worker.tell(event)
-        self.runs += 1
-
-
-@dataclass
-class _Pass:
+class _Work:
     """A micro-batch on its way through the model, there and back."""
 
     engine: Engine
-    way: OnTheWay
-    number: int  # of the micro-batch
-    micro_batches: int
-    last: bool  # whether no other micro-batch of the step follows
+    now: Midstep
+    segments: Iterator[MicroBatch]
 
-    def take(self, segments: Iterator[MicroBatch]) -> MicroBatch:
+    def take(self, here: Position | None) -> MicroBatch:
         """The next one; all workers raise the same DataError where one cannot read."""
-        worker = self.way.worker
+        worker, now = self.now.worker, self.now
         if worker.config.plan.segments == 1:  # read, and found good, with the step's others
-            return next(segments)
-        self.way.tell()
-        return worker.read_together(lambda: next(segments), self.way.asked)
+            return next(self.segments)
+        now.tell()
+        batch, (stop, due) = worker.read_together(
+            lambda: next(self.segments), now.asked == Stop.NOW, now.due()
+        )
+        if here and (stop or due):
+            now.save(now)
+            if stop:
+                raise Stopped
+        return batch
 
     def run(
         self, segment: int, batch: MicroBatch, carry: list[Carry] | None, answer: bool
     ) -> tuple[Tensor, list[Carry]]:
         """A segment's share of the mean loss, where it is asked for, and the carry that leaves."""
-        worker = self.way.worker
+        worker = self.now.worker
         config, device = worker.config, worker.device
         segments, train = config.plan.segments, config.train
         if segments > 1:
-            seed_dropout(worker, self.way.step, self.number, segment)
+            seed_dropout(worker, self.now.step, self.now.micro_batch, segment)
             worker.pulse.now(f"computing segment {segment + 1} of {segments}")
         readout: Readout = _nothing
         if answer:
@@ -145,10 +124,11 @@ class _Pass:
             batch.inputs.to(device), carry, reset=reset, readout=readout, last=last
         )
         counted = batch.scored_tokens or train.seq_len  # of a sequence, in all shards
-        return loss / (counted * train.micro_batch_size * self.micro_batches), carry
+        return loss / (counted * train.micro_batch_size * config.accumulation), carry
 
     def backward(self, loss: Tensor, done: bool) -> None:
-        self.engine.backward(loss, last=done and self.last)
+        last = self.now.micro_batch == self.now.worker.config.accumulation - 1
+        self.engine.backward(loss, last=done and last)
 
 
 def _nothing(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The door to fsspec. A checkpoint exists there when its manifest does, which is u
 """
 
 import posixpath
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,12 @@ from typing import Any
 import fsspec
 
 MANIFEST = "manifest.json"
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """(steps taken, runs of a segment in the next) at which a checkpoint of this name was saved."""
+    found = re.fullmatch(r"step-(\d+)(?:-(\d+))?", name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def address_fault(address: str) -> str | None:
@@ -82,7 +89,8 @@ class Mirror:
         self._files.invalidate_cache()
         found = self._try(self._files.glob, self._path("step-*", MANIFEST))
         names = [posixpath.basename(posixpath.dirname(path)) for path in found]
-        return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
+        places = ((place_of(name), name) for name in names)
+        return [name for _, name in sorted(each for each in places if each[0])[::-1]]
 
     def withdraw(self, name: str) -> None:
         """A checkpoint that does not count any more."""

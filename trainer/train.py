@@ -37,10 +37,11 @@ from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, RunError, compare_replicas
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import RunRecord, finite
+from trainer.midstep import Midstep, resume, way
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, truncate_after
 from trainer.start import find_checkpoint, open_folder, redrawn
-from trainer.step import OnTheWay, accumulate_gradients, build_engine, seed_dropout
+from trainer.step import accumulate_gradients, build_engine, seed_dropout
 from trainer.worker import Worker, multiplies_in_bf16
 
 LOCK_PATIENCE_SECONDS = 10  # for a worker of the start before that is just ending
@@ -69,8 +70,7 @@ def train(
             except RunError:
                 run.note_bad_step()
                 raise
-            except Stopped:
-                run.save_before_stop()
+            except Stopped:  # amid a step, which is saved
                 break
             if run.save_due or run.step == run.last_step or asked == Stop.NOW:
                 run.save()
@@ -116,11 +116,15 @@ class _Run:
         self.step, self.consumed = 0, 0  # steps taken; sequences read for them
         if saved:
             self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
-        self.saved_step = self.step
+        self.saved_at = (saved.manifest.step, saved.manifest.runs) if saved else None
         self.last_step = config.train.steps
         if config.train.stop_after is not None:
             self.last_step = min(self.last_step, self.step + config.train.stop_after)
-        self.batches = training_batches(self.reader, config, self.topology.dp_rank, self.consumed)
+        self.midstep = resume(worker, saved, self.engine)  # of an earlier start
+        done = self.midstep.done if self.midstep else (0, 0)
+        self.batches = training_batches(
+            self.reader, config, self.topology.dp_rank, self.consumed, done
+        )
         self.evaluated: Evaluation | None = None  # of the last step, if it was
         self.asked: Stop = Stop.NO
         self.recent_seconds: deque[float] = deque(maxlen=20)
@@ -147,6 +151,7 @@ class _Run:
                 shard_tokens=layout.shard_tokens,
                 scan=self._scan_backends(),
                 changed=tuple(self.changed),
+                runs=self.midstep.runs if self.midstep else 0,
             )
         )
         if config.train.dtype == "bf16" and not multiplies_in_bf16(self.worker.device):
@@ -167,19 +172,22 @@ class _Run:
         return " and ".join(sorted(backends)) or "no"
 
     def take_step(self) -> Stop:
-        """Read, learn, record; what whoever watches asks for."""
-        started = time.perf_counter()
+        """Read, learn, record; what whoever watches asks for. Stopped amid a streamed one."""
+        midstep, self.midstep = self.midstep or Midstep(self.worker, self.step), None
+        midstep.asked, midstep.due, midstep.save = self.asked, self.schedule.overdue, self.save
+        started = time.perf_counter() - midstep.seconds
         save_seconds = self.schedule.take_held_up()
         self.worker.pulse.now("reading data")
-        batch = self.worker.read_together(lambda: next(self.batches))
+        batch, _ = self.worker.read_together(lambda: next(self.batches))
         data_seconds = time.perf_counter() - started
         seed_dropout(self.worker, self.step)
         meter, relays = self.topology.sequence.meter, self.topology.sequence.relays
         meter.take()
         relays.take()
         self.worker.pulse.now("computing")
-        way = OnTheWay(self.worker, self.step, self.asked)
-        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, way)
+        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, midstep)
+        saved_amid = self.schedule.take_held_up()
+        started, save_seconds = started + saved_amid, save_seconds + saved_amid
         exchange_seconds, _ = meter.take()
         relayed = relays.take().figures()
         losses, memory, asked = self._agree(loss_sum)
@@ -218,8 +226,11 @@ class _Run:
             self.asked = self.worker.tell(Stepped(self.step, self.config.train.steps, metrics))
         return asked
 
-    def save(self) -> None:
-        """A checkpoint of this step, written while the training goes on."""
+    def save(self, midstep: Midstep | None = None) -> None:
+        """A checkpoint of this step, and of the next as far as it is, beside the training."""
+        runs = midstep.runs if midstep else 0
+        if (self.step, runs) == self.saved_at:
+            return
         started = time.perf_counter()
         self.worker.pulse.now("saving")
         if self.config.guard.checksum_every:
@@ -239,15 +250,13 @@ class _Run:
             sequences_consumed=self.consumed,
             data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
+            runs=runs,
+            way=way(self.config) if runs else {},
         )
-        self.saver.start(manifest, self.engine.snapshot())
-        self.saved_step = self.step
+        amid = midstep.files(self.engine) if midstep and runs else {}
+        self.saver.start(manifest, {**self.engine.snapshot(), **amid})
+        self.saved_at = self.step, runs
         self.schedule.saved(time.perf_counter() - started)
-
-    def save_before_stop(self) -> None:
-        """A checkpoint of the last step, where there is none: the one after it is given up."""
-        if self.step != self.saved_step:
-            self.save()
 
     def _end_save(self, last: bool = False) -> None:
         """Wait for the save before; what went wrong with it is told, or ends the run."""

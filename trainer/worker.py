@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data_prep.blocks import DataError
 from trainer.config import Config
-from trainer.events import Event, Pulse, Report, Stop, Stopped, Warned, silent
+from trainer.events import Event, Pulse, Report, Stop, Warned, silent
 from trainer.layout import Layout
 from trainer.memory import keep_freed_memory
 from trainer.parallel.topology import Topology
@@ -61,24 +61,22 @@ class Worker:
     def warn(self, message: str) -> None:
         self.tell(Warned(message))
 
-    def read_together(self, read: Callable[[], T], asked: Stop = Stop.NO) -> T:
-        """What `read` gives on each worker; all raise the same DataError where one cannot read.
+    def read_together(self, read: Callable[[], T], *flags: bool) -> tuple[T, list[bool]]:
+        """What `read` gives on each worker, and whether any raised each of the flags.
 
-        And all raise Stopped where one was asked to stop now.
+        All raise the same DataError where one cannot read.
         """
         value, fault = None, None
         try:
             value = read()
         except DataError as error:
             fault = str(error)
-        mine = torch.tensor([fault is not None, asked == Stop.NOW], device=self.device)
-        failed, stopped = self.topology.gather(mine.int()).any(0).tolist()
-        if stopped:
-            raise Stopped
+        mine = torch.tensor([fault is not None, *flags], device=self.device)
+        failed, *raised = self.topology.gather(mine.int()).any(0).tolist()
         if failed:
             faults = sorted({f for f in self.topology.gather_objects(fault) if f})
             raise DataError("\n".join(faults))
-        return cast(T, value)
+        return cast(T, value), raised
 
 
 def multiplies_in_bf16(device: torch.device) -> bool:

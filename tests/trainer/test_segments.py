@@ -1,14 +1,13 @@
 """A streamed sequence has the gradient of the whole, however it is cut; faults are seen."""
 
 import json
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from models.config import ModelConfig
@@ -18,11 +17,8 @@ from tests.conftest import write_config
 from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, run, train_here
 from trainer import segments as segments_module
-from trainer import step as step_module
-from trainer import train as train_module
 from trainer.config import ConfigError, load_config
 from trainer.data import MicroBatch
-from trainer.events import Ended, Event, Stop, Streamed
 from trainer.layout import Layout, Plan
 from trainer.segments import stream
 
@@ -68,28 +64,38 @@ def _streamed(
     if late:
         reset = reset.roll(late, dims=1)
 
-    def run(segment, batch, carry, answer):
-        last = segment == layout.segments - 1
-        logits, leaving = model(batch.inputs, carry, reset=batch.reset, last=last)
-        if not answer:
-            return logits.sum(), leaving
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
-        return losses / labels.numel(), leaving
-
     reads = (layout.held(number) for number in plan.reads)
     batches = (
         MicroBatch(*(x[:, r.start : r.stop] for x in (tokens, labels, reset))) for r in reads
     )
-    done = []
-
-    def backward(loss, last):
-        done.append(last)
-        loss.backward()
-
-    loss = stream(plan, partial(next, batches), run, backward)
-    assert done == [False] * (layout.segments - 1) + [True]
+    work = _Work(model, batches, layout.segments)
+    loss = stream(plan, work)
+    assert work.done == [False] * (layout.segments - 1) + [True]
     assert next(batches, None) is None
     return float(loss), {name: p.grad for name, p in model.named_parameters()}
+
+
+@dataclass
+class _Work:
+    model: LanguageModel
+    batches: Iterator[MicroBatch]
+    segments: int
+    done: list[bool] = field(default_factory=list)
+
+    def take(self, here):
+        return next(self.batches)
+
+    def run(self, segment, batch, carry, answer):
+        last = segment == self.segments - 1
+        logits, leaving = self.model(batch.inputs, carry, reset=batch.reset, last=last)
+        if not answer:
+            return logits.sum(), leaving
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        return losses / (2 * TOKENS), leaving
+
+    def backward(self, loss, done):
+        self.done.append(done)
+        loss.backward()
 
 
 def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -162,6 +168,7 @@ def test_another_segment_or_a_late_reset_is_seen(monkeypatch, mixer):
 HYBRID = ("model.mixer=[mingru,window]", "model.window=10")
 ATTENTION = ("model.mixer=[attention,minlstm]", "model.width=24", "model.heads=12")
 CUT = "train.segment_len=78"  # of 192 tokens: the last has 36
+SHORT = ("train.steps=3",)
 # name -> what makes the model, and how it is streamed
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{f"zero {n}": (HYBRID, (CUT, f"deepspeed.zero_stage={n}")) for n in range(4)},
@@ -176,12 +183,21 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _every_case(config_file: Path, sp: int) -> dict[str, Figures]:
-    """On every rank: all cases, trained one after another."""
+# Ranks, and how many share a sequence: the cases that are tried there.
+WORLDS = {
+    (1, 1): list(CASES),
+    (3, 3): ["zero 3", "short", "attention", "gru", "mamba"],
+    (4, 2): ["zero 0", "zero 1", "kept at zero 2", "recomputed", "s4d"],
+}
+
+
+def _cases(config_file: Path, sp: int, names: list[str]) -> dict[str, Figures]:
+    """On every rank: those cases, trained one after another."""
     result = {}
-    for name, (model, how) in CASES.items():
+    for name in names:
+        model, how = CASES[name]
         folder = f"run.dir={config_file.parent / name.replace(' ', '-')}"
-        overrides = [*model, *how, f"parallel.sp={sp}", "evaluate.sequences=0", folder]
+        overrides = [*model, *how, *SHORT, f"parallel.sp={sp}", "evaluate.sequences=0", folder]
         result[name] = figures(train_here(config_file, overrides))
     return result
 
@@ -191,18 +207,19 @@ def plain(dataset, tmp_path_factory) -> dict[str, Figures]:
     """The figures of each case on whole sequences, in plain torch."""
     file = write_config(tmp_path_factory.mktemp("plain"), dataset)
     models = {model for model, _ in CASES.values()}
-    found = {model: plain_training(file, *model) for model in models}
+    found = {model: plain_training(file, *model, *SHORT) for model in models}
     return {name: found[model] for name, (model, _) in CASES.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "sp"), [(1, 1), (3, 3), (4, 2)], ids=str)
+@pytest.mark.parametrize(("ranks", "sp"), [*WORLDS], ids=str)
 def test_a_streamed_run_equals_plain_torch(config_file, plain, ranks, sp):
-    """Losses and gradient norms over 5 steps, with micro-batches, clipping and resets."""
-    streamed = run_distributed(_every_case, ranks, config_file, sp)[0]
-    for name, expected in plain.items():
-        assert len(streamed[name]) == len(expected) == 5
-        for got, want in zip(streamed[name], expected, strict=True):
+    """Losses and gradient norms over 3 steps, with micro-batches, clipping and resets."""
+    names = WORLDS[ranks, sp]
+    streamed = run_distributed(_cases, ranks, config_file, sp, names)[0]
+    for name in names:
+        assert len(streamed[name]) == len(plain[name]) == 3
+        for got, want in zip(streamed[name], plain[name], strict=True):
             assert got == pytest.approx(want, rel=1e-5), name
 
 
@@ -229,39 +246,6 @@ def test_masks_of_dropout_are_those_of_the_way_there(config_file):
         folder = f"run.dir={config_file.parent / str(keep)}"
         found.append(figures(run(config_file, 1, *options, f"train.keep_segments={keep}", folder)))
     assert found[0] == found[1] == found[2]
-
-
-def _stopped_amid(config_file: Path, options: list[str]) -> tuple[Figures, list[str], bool]:
-    """A run that is asked to stop amid its third step."""
-    step_module.TELL_SECONDS = 0
-    config = load_config(config_file, options, workers=dist.get_world_size())
-    events: list[Event] = []
-
-    def report(event: Event) -> Stop:
-        events.append(event)
-        amid = isinstance(event, Streamed) and (event.step, event.run) == (3, 4)
-        return Stop.NOW if amid else Stop.NO
-
-    train_module.train(config, report)
-    told = [str(event) for event in events if isinstance(event, Streamed)]
-    ended = events[-1] if events else None  # rank 0 alone is told
-    return figures(events), told, isinstance(ended, Ended) and ended.step < ended.steps
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_streamed_step_is_given_up_when_a_stop_is_asked_for(config_file, stage):
-    """At the next segment, not after minutes; the run goes on from the step before, to the bit."""
-    options = [*HYBRID, "train.segment_len=48", "parallel.sp=2", f"deepspeed.zero_stage={stage}"]
-    whole = figures(run(config_file, 2, *options))
-    options.append(f"run.dir={config_file.parent / 'stopped'}")
-    first, told, stopped = run_distributed(_stopped_amid, 2, config_file, options, fresh=True)[0]
-    assert stopped
-    assert len(first) == 2
-    # two micro-batches of four segments, seven runs each
-    assert told[0].startswith("step 1: segment 1 of 14, ")
-    assert told[-1].startswith("step 3: segment 4 of 14, ")
-    assert first + figures(run(config_file, 2, *options)) == whole
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""A streamed step that is under way: how far it is, kept in a checkpoint, and taken up again.
+
+A step of thousands of segments can take hours. Its checkpoint is that of the step before, with what
+each rank has of the one under way in midstep/: the micro-batch, the segments' carries, the flow,
+the gradients so far.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import Files, Saved
+from trainer.config import Config
+from trainer.engine import Engine
+from trainer.events import Stop, Streamed
+from trainer.segments import Position
+from trainer.worker import Worker
+
+TELL_SECONDS = 2.0  # at least, between two reports of how far a streamed step is
+FOLDER = "midstep"
+
+
+@dataclass
+class Midstep:
+    """Where one rank is in a step, and whether that is to be saved, or the step given up."""
+
+    worker: Worker
+    step: int  # taken before it
+    asked: Stop = Stop.NO
+    due: Callable[[], bool] = lambda: False  # by rank 0's clock
+    save: Callable[["Midstep"], None] = lambda _: None  # every rank does
+    micro_batch: int = 0  # of the step's, under way
+    here: Position = field(default_factory=Position)  # in it
+    # this rank's loss, of the micro-batches before
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    @property
+    def runs(self) -> int:
+        """Of a segment, done."""
+        return self.micro_batch * len(self.worker.config.plan.reads) + self.here.reads
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Micro-batches, and what is read of the one after."""
+        return self.micro_batch, self.here.reads
+
+    @property
+    def seconds(self) -> float:
+        """Since the step began, but for the time when nobody was at it."""
+        return time.monotonic() - self.began
+
+    def tell(self) -> None:
+        """Rank 0 reports now and then, and hears what is asked."""
+        now, config = time.monotonic(), self.worker.config
+        if self.runs and now - self.told > TELL_SECONDS:
+            self.told, of = now, len(config.plan.reads) * config.accumulation
+            self.asked = self.worker.tell(Streamed(self.step + 1, self.runs, of, self.seconds))
+
+    def next_micro_batch(self, loss: Tensor) -> None:
+        """This one had that loss."""
+        self.total = self.total.to(loss.device) + loss
+        self.micro_batch += 1
+        self.here = Position()
+
+    def files(self, engine: Engine) -> Files:
+        """What this rank adds to a checkpoint. Carries are not changed any more, nor copied."""
+        here = self.here
+        state = {
+            "micro_batch": self.micro_batch,
+            "total": self.total,
+            "seconds": self.seconds,
+            "reads": here.reads,
+            "entering": [each and [tuple(carry) for carry in each] for each in here.entering],
+            "flow": here.flow,
+            "losses": list(here.losses),
+            "gradients": engine.accumulated(),
+        }
+        return {_name(self.worker.topology.rank): partial(torch.save, state)}
+
+    def take_up(self, saved: Saved, engine: Engine) -> None:
+        """Go on where the checkpoint stands."""
+        device = self.worker.device
+        path = saved.folder / _name(self.worker.topology.rank)
+        anywhere = {f"cuda:{index}": str(device) for index in range(64)}
+        state: dict[str, Any] = torch.load(path, map_location=anywhere, weights_only=True)
+        engine.give_back(state["gradients"])
+        self.micro_batch, self.total = state["micro_batch"], state["total"]
+        self.here = Position(state["reads"], state["entering"], state["flow"], state["losses"])
+        self.began -= state["seconds"]
+
+
+def _name(rank: int) -> str:
+    return f"{FOLDER}/rank-{rank:05d}.pt"
+
+
+def resume(worker: Worker, saved: Saved | None, engine: Engine) -> Midstep | None:
+    """The step that was under way at a checkpoint, if one was, and can be gone on with."""
+    if saved is None or not saved.manifest.runs:
+        return None
+    manifest, topology = saved.manifest, worker.topology
+    there = manifest.way, manifest.world_size, manifest.sp
+    if there != (way(worker.config), topology.world_size, topology.sp_size):
+        worker.warn(
+            f"{saved.folder} was saved amid step {manifest.step + 1}, which went through other "
+            f"segments or workers: that step is begun anew"
+        )
+        return None
+    midstep = Midstep(worker, manifest.step)
+    worker.topology.together(lambda: midstep.take_up(saved, engine))
+    return midstep
+
+
+def way(config: Config) -> dict[str, Any]:
+    """How a step goes through its segments: a start that goes another way begins the step anew."""
+    train = config.train
+    names = ("batch_size", "micro_batch_size", "segment_len")
+    return {name: getattr(train, name) for name in names} | asdict(config.plan)
