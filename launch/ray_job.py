@@ -88,7 +88,7 @@ def run_job(
 
     def pass_on(event: Event) -> None:
         if isinstance(event, Started):
-            tally.started_at(event.step)
+            tally.started_at(event.step, event.runs)
         on_event(event)
 
     driver: _Driver | None = None
@@ -126,11 +126,13 @@ class _Tally:
     """Counts failures without a new checkpoint between: over weeks there may be any number."""
 
     def __init__(self, limit: int) -> None:
-        self.failures, self._limit, self._step = 0, limit, -1
+        self.failures, self._limit = 0, limit
+        self._reached = (-1, 0)
 
-    def started_at(self, step: int) -> None:
-        if step > self._step:
-            self.failures, self._step = 0, step
+    def started_at(self, step: int, runs: int) -> None:
+        """A checkpoint of that step, or amid the next."""
+        if (step, runs) > self._reached:
+            self.failures, self._reached = 0, (step, runs)
 
     def fail(self, shown: str) -> None:
         self.failures += 1

@@ -1,8 +1,9 @@
 """Continue a text: with constant memory and time per token, unless a layer is full attention."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ class Sampling:
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    prompt: list[int],
+    prompt: Iterable[int],
     max_tokens: int,
     sampling: Sampling,
     segment_tokens: int = 4096,
@@ -103,24 +104,24 @@ def generate(
     """Tokens that continue `prompt`, one by one. `on_read` is told how many tokens of the
     prompt are read.
 
-    The prompt, of any length, is read in segments of `segment_tokens`; what is kept between
-    segments and between tokens is the model's carry, whose size does not grow but for full
+    The prompt, of any length, is taken and read in segments of `segment_tokens`; what is kept
+    between segments and between tokens is the model's carry, whose size does not grow but for full
     attention's, which holds keys and values of all that was read.
     Raises ValueError for an empty prompt or a token outside the vocabulary.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one token")
-    if max(prompt) >= model.config.vocab_size:
-        raise ValueError(f"the prompt has token {max(prompt)}, beyond the model's vocabulary")
-    device = model.embed.weight.device
+    device, coming = model.embed.weight.device, iter(prompt)
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    tokens = torch.tensor([prompt], device=device)
     carry: list[Carry] | None = None
     logits, read = torch.empty(0), 0
-    for segment in tokens.split(segment_tokens, dim=1):
-        logits, carry = model(segment, carry, readout=_last_logits)
-        read += segment.shape[1]
+    while segment := list(islice(coming, segment_tokens)):
+        if max(segment) >= model.config.vocab_size:
+            raise ValueError(f"the prompt has token {max(segment)}, beyond the model's vocabulary")
+        tokens = torch.tensor([segment], device=device)
+        logits, carry = model(tokens, carry, readout=_last_logits)
+        read += len(segment)
         on_read(read)
+    if not read:
+        raise ValueError("the prompt is empty: give at least one token")
     for _ in range(max_tokens):
         token = sampling.draw(logits[0], generator)
         yield int(token)

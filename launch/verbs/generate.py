@@ -6,13 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 from data_prep.files import at_home
 
 HELP = "continue a text with a trained model"
+PIECE_BYTES = 1 << 20  # of a prompt, that are made tokens at a time
 LONG_PROMPT_SECONDS = 2.0  # of reading, after which it is told how far it is
 
 
@@ -44,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens {args.max_tokens} is not positive")
     if "" in args.stop:
         raise ValueError("--stop is empty: give the text to end before")
-    prompt = _read(args.prompt_file) if args.prompt is None else args.prompt
+    prompt = args.prompt or ""
     if not prompt.isprintable() and any("\udc80" <= sign <= "\udcff" for sign in prompt):
         raise ValueError("--prompt is not UTF-8: convert it, or give it as --prompt-file")
+    pieces = iter([prompt]) if args.prompt is not None else _pieces(args.prompt_file)
+    first = next(pieces, "")  # before the model is loaded: it may not be there, or be no text
     import torch
 
     from trainer.generate import Sampling, generate, load_run
@@ -57,12 +62,14 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     print(f"[{args.run}, step {trained.step}]", file=sys.stderr)
-    tokens = trained.tokenizer.encode(prompt).tolist()
-    with _Reading(len(tokens)) as reading:
+    encoded = (trained.tokenizer.encode(piece).tolist() for piece in chain([first], pieces))
+    with _Reading() as reading:
+        tokens = chain.from_iterable(encoded)
         drawn = generate(trained.model, tokens, args.max_tokens, sampling, on_read=reading.show)
         written = _until_end(drawn, trained.end_of_document)
         try:
             for text in until_stop(trained.tokenizer.decode_stream(), written, args.stop):
+                reading.clear()
                 print(text, end="", flush=True)
         except BrokenPipeError:  # whoever read has had enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or Python complains at its end)
@@ -74,43 +81,54 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(file: str) -> str:
-    """The prompt's bytes as text, unchanged."""
-    name = "stdin" if file == "-" else file
+def _pieces(file: str) -> Iterator[str]:
+    """The prompt's bytes as text, unchanged, however many: cut behind a line, where it is long."""
     if file == "-" and sys.stdin is None:
         raise ValueError("--prompt-file -: there is no stdin")
-    data = sys.stdin.buffer.read() if file == "-" else at_home(file).read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}): "
-            f"convert the prompt"
-        ) from None
+    name, lines = "stdin" if file == "-" else file, 0
+    with nullcontext(sys.stdin.buffer) if file == "-" else at_home(file).open("rb") as source:
+        data = source.read(PIECE_BYTES)
+        while data:
+            more = source.read(PIECE_BYTES)
+            end = data.rfind(b"\n") + 1 or _characters(data) if more else len(data)
+            try:
+                yield data[:end].decode()
+            except UnicodeDecodeError as error:
+                line = lines + data.count(b"\n", 0, error.start) + 1
+                raise ValueError(
+                    f"{name}:{line}: byte 0x{data[error.start]:02x} is not UTF-8 "
+                    f"({error.reason}): convert the prompt"
+                ) from None
+            lines += data.count(b"\n", 0, end)
+            data = data[end:] + more
+
+
+def _characters(data: bytes) -> int:
+    """How many of these bytes are whole characters."""
+    for end in range(len(data) - 1, max(0, len(data) - 5), -1):
+        if data[end] & 0xC0 != 0x80:  # the first byte of the last one
+            return end
+    return len(data)
 
 
 class _Reading:
     """How far a long prompt is read, on stderr."""
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._began, self._shown = tokens, time.monotonic(), False
+    def __init__(self) -> None:
+        self._began, self._shown = time.monotonic(), False
 
     def __enter__(self) -> "_Reading":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear()
+        self.clear()
 
     def show(self, read: int) -> None:
-        if read >= self._tokens:
-            self._clear()
-        elif time.monotonic() - self._began > LONG_PROMPT_SECONDS:
+        if time.monotonic() - self._began > LONG_PROMPT_SECONDS:
             self._shown = True
-            share = f"{read:,} of {self._tokens:,} tokens"
-            print(f"\rreading the prompt: {share}", end="", file=sys.stderr, flush=True)
+            print(f"\rreading the prompt: {read:,} tokens", end="", file=sys.stderr, flush=True)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         if self._shown:
             print(f"\r{' ' * 60}\r", end="", file=sys.stderr, flush=True)
             self._shown = False

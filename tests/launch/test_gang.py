@@ -84,8 +84,9 @@ def test_the_first_cause_is_told_not_what_others_saw_of_it():
 
 def test_failures_are_counted_since_the_last_new_checkpoint():
     tally = _Tally(2)
-    for resumed_at in (0, 0, 10, 10, 20):  # each pair of failures, then a new checkpoint
-        tally.started_at(resumed_at)
+    # each pair of failures, then a new checkpoint, one amid a step too
+    for resumed_at in ((0, 0), (0, 0), (10, 0), (10, 0), (10, 70), (10, 70), (20, 0)):
+        tally.started_at(*resumed_at)
         tally.fail("lost")
     tally.fail("lost")
     assert str(tally) == "2 of 2"

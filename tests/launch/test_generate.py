@@ -77,16 +77,29 @@ def test_faults_of_the_command_come_before_any_model(tmp_path):
 def test_a_prompt_is_read_unchanged(tmp_path, monkeypatch):
     data = b"\xef\xbb\xbfone\r\ntwo\r"
     (tmp_path / "prompt").write_bytes(data)
-    assert verb._read(str(tmp_path / "prompt")).encode() == data
+    assert "".join(verb._pieces(str(tmp_path / "prompt"))).encode() == data
     with (tmp_path / "prompt").open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert verb._read("-").encode() == data
+        assert "".join(verb._pieces("-")).encode() == data
+
+
+def test_a_long_prompt_is_cut_behind_lines_and_never_in_a_character(tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "PIECE_BYTES", 7)
+    for text in ("one\ntwo\nthree\nfour", "carré é€😀 " * 9, "\n" * 30, "a"):
+        (tmp_path / "prompt").write_text(text)
+        pieces = list(verb._pieces(str(tmp_path / "prompt")))
+        assert "".join(pieces) == text
+        assert max(len(piece.encode()) for piece in pieces) <= 14
+    (tmp_path / "prompt").write_text("one\ntwo\nthree\nfour")
+    assert list(verb._pieces(str(tmp_path / "prompt"))) == ["one\n", "two\nthree\n", "four"]
+    (tmp_path / "prompt").write_bytes(b"one\ntwo\nthree\nf\xffour, and more")
+    with pytest.raises(ValueError, match="prompt:4: byte 0xff is not UTF-8"):
+        list(verb._pieces(str(tmp_path / "prompt")))
 
 
 def test_a_long_prompt_shows_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(verb, "LONG_PROMPT_SECONDS", 0.0)
-    with verb._Reading(10_000) as reading:
+    with verb._Reading() as reading:
         reading.show(4096)
-        assert "reading the prompt: 4,096 of 10,000 tokens" in capsys.readouterr().err
-        reading.show(10_000)
+        assert "reading the prompt: 4,096 tokens" in capsys.readouterr().err
     assert capsys.readouterr().err.endswith("\r")

@@ -73,3 +73,22 @@ def test_only_likely_and_known_tokens_are_drawn():
 def test_bad_prompts_are_told(prompt, said):
     with pytest.raises(ValueError, match=said):
         next(generate(tiny("mingru"), prompt, 1, Sampling()))
+
+
+def test_a_prompt_is_never_whole_in_memory():
+    """Of an endless one no more is taken than a segment beyond what is read."""
+    taken, read = [0], [0]
+
+    def endless():
+        while True:
+            taken[0] += 1
+            yield 1
+
+    def on_read(tokens: int) -> None:
+        assert taken[0] - read[0] == 64
+        read[0] = tokens
+        if tokens == 640:
+            raise StopIteration("enough")
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(generate(tiny("mingru"), endless(), 1, Sampling(), 64, on_read))
