@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -74,6 +74,10 @@ recall-data: setup
 		$(TASK) variables --out data/recall/variables-$$length --length $$length --tokens 4 \
 			--train $$count --held-out 64 || exit 1; \
 	done
+
+# One step at 100 million tokens, killed once and resumed within, beside an undisturbed one.
+marathon: setup
+	$(RUN) -m tests.benchmarks.marathon
 
 # Workers, machines and Ray itself lost at random moments: about half an hour.
 test-faults: setup

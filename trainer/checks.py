@@ -26,6 +26,8 @@ FIXED_KEYS = (
     "deepspeed.zero_stage",
     "train.dtype",
     "train.seq_len",
+    "train.curriculum",
+    "train.curriculum_steps",
 )
 
 
@@ -69,8 +71,26 @@ def value_faults(config: Config) -> Iterator[Fault]:
         )
     if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
         yield from _sharding_faults(config)
+        yield from _curriculum_faults(config)
         if config.evaluate.seq_len is not None:
             yield from _of_evaluation(_length_faults(config.held_out), config)
+
+
+def _curriculum_faults(config: Config) -> Iterator[Fault]:
+    """Where its lengths do not fit a step, or the ranks."""
+    train = config.train
+    for stage, length in enumerate(train.curriculum):
+        if length < 1:
+            continue  # below its bound
+        if train.seq_len % length:
+            yield (
+                "train.curriculum",
+                f"{length} does not divide train.seq_len {train.seq_len}, so that no step of its "
+                f"sequences has as many tokens: use a length that does",
+            )
+            continue
+        for _, message in _length_faults(config.at(stage * train.curriculum_steps)):
+            yield "train.curriculum", message
 
 
 def _length_faults(config: Config) -> Iterator[Fault]:
@@ -262,6 +282,12 @@ def info_faults(
             "train.seq_len",
             f"{config.train.seq_len} is not the {info.synthetic.sequence_tokens} tokens that every "
             f"sequence of {path} has: use that",
+        )
+    if info.synthetic and config.train.curriculum:
+        yield (
+            "train.curriculum",
+            f"every sequence of {path} has one length: leave it empty, and begin a run on longer "
+            f"ones with train.init_from",
         )
     if info.synthetic and config.data.shift:
         yield "data.shift", f"every sequence of {path} is a document of its own: leave it off"

@@ -76,6 +76,10 @@ class DeepSpeedConfig:
 class TrainConfig:
     steps: int = positive(100)
     seq_len: int = positive(16384)  # tokens per sequence, over all its shards
+    # lengths of the sequences that come first, each for curriculum_steps steps; a step has as many
+    # tokens of them, in more sequences
+    curriculum: list[int] = positive([])
+    curriculum_steps: int = positive(100)
     # tokens of a sequence that go through the model at a time, over all shards; the gradient stays
     # that of the whole (trainer/segments.py); null: all of them
     segment_len: int | None = positive(None)
@@ -191,6 +195,28 @@ class Config:
         """In which order a step runs a sequence's segments."""
         train, segments = self.train, self.layout().segments
         return Plan(segments, min(train.keep_segments, segments), train.truncate)
+
+    def at(self, step: int) -> "Config":
+        """The run after that many steps: with shorter sequences, and more, amid a curriculum."""
+        train = self.train
+        for length in train.curriculum[step // train.curriculum_steps :][:1]:
+            more = train.seq_len // length
+            segment_len = train.segment_len and min(train.segment_len, length)
+            shorter = replace(
+                train,
+                seq_len=length,
+                segment_len=segment_len,
+                batch_size=train.batch_size * more,
+                micro_batch_size=train.micro_batch_size * more,
+            )
+            return replace(self, train=shorter)
+        return self
+
+    def tokens_before(self, step: int) -> int:
+        """Of the sequences of earlier lengths."""
+        train = self.train
+        passed = min(step // train.curriculum_steps, len(train.curriculum))
+        return passed * train.curriculum_steps * train.batch_size * train.seq_len
 
     @property
     def held_out(self) -> "Config":

@@ -10,7 +10,7 @@ order (trainer.order) depends on no such number.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,10 +24,11 @@ from torch import Tensor
 from data_prep.blocks import Blocks
 from data_prep.mixture import Mixture
 from data_prep.tokenizer import folder_tokenizer
-from trainer.checks import info_faults, mixing_faults
+from trainer.checks import info_faults, mixing_faults, tokenizer_faults
 from trainer.config import Config, DataConfig
 from trainer.layout import Layout
 from trainer.order import SequenceOrder, Span
+from trainer.worker import Worker
 
 IGNORED = -100  # a label that no loss counts; torch's own choice
 
@@ -203,13 +204,30 @@ class SequenceReader:
         )
 
 
+def open_data(worker: Worker) -> tuple[TokenStream, SequenceReader | None]:
+    """What is trained on, and this rank's shards of what is held out, if anything is.
+
+    All workers are told what is wrong with the data. Raises DataError or ValueError.
+    """
+    config, together = worker.config, worker.topology.together
+    data = together(partial(open_split, config, "train"))
+    if not config.evaluate.sequences:
+        return data, None
+    held_out = together(partial(open_split, config.held_out, "held_out"))
+    pair = [data.names[0], held_out.names[0]], [data.info, held_out.info]
+    if faults := list(tokenizer_faults(*pair)):
+        raise ValueError("\n".join(f"evaluate.path: {fault}" for fault in faults))
+    layout = config.held_out.layout(worker.topology.sp_rank)
+    return data, SequenceReader(held_out, layout, config.data.reset_state)
+
+
 def training_batches(
     reader: SequenceReader,
     config: Config,
     dp_rank: int,
     consumed: int,
     done: tuple[int, int] = (0, 0),
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch, None, None]:
     """What this rank reads for every step from `consumed` sequences on.
 
     Of the first of them but what was `done` before: micro-batches, and reads of the one after. The

@@ -32,7 +32,7 @@ class Guard:
 
     def __init__(self, config: Config, losses: Iterable[float | None], skipped: int) -> None:
         """`losses` of the steps before, oldest first; `skipped` of them were left out."""
-        self._config, self.skipped = config, skipped
+        self.config, self.skipped = config, skipped
         self.bad_since: int | None = None  # the first of the bad steps that follow each other now
         self._recent = deque((x for x in losses if x is not None), maxlen=RECENT)
 
@@ -41,18 +41,18 @@ class Guard:
 
         `begins` are the tokens at which its sequences begin. Raises RunError where it may not.
         """
-        dp = self._config.dp
+        dp = self.config.dp
         loss = float(shares.sum()) / dp
         bad = [rank for rank, share in enumerate(shares.tolist()) if not math.isfinite(share)]
         if bad or not math.isfinite(loss):
             return self._leave_out("loss", loss, step, self._told(bad, begins))
         if len(self._recent) >= FEWEST:
             usual = statistics.median(self._recent)
-            if loss > usual + self._config.guard.spike_nats:
+            if loss > usual + self.config.guard.spike_nats:
                 # the share of each sequence of the step; the highest is worth a look
                 by_row = shares.reshape(dp, -1).sum(1)
-                first = int(by_row.argmax()) * self._config.parallel.sp
-                ranks = list(range(first, first + self._config.parallel.sp))
+                first = int(by_row.argmax()) * self.config.parallel.sp
+                ranks = list(range(first, first + self.config.parallel.sp))
                 why = f", where the last {len(self._recent)} steps had {usual:.3f} in the middle"
                 return self._leave_out("loss", loss, step, self._told(ranks, begins) + why)
         self._recent.append(loss)
@@ -67,8 +67,8 @@ class Guard:
 
     def _told(self, ranks: list[int], begins: list[int]) -> str:
         """Where it came from: the workers, and the sequences that they had."""
-        rows = {rank // self._config.parallel.sp for rank in ranks} or range(self._config.dp)
-        micro, dp = self._config.train.micro_batch_size, self._config.dp
+        rows = {rank // self.config.parallel.sp for rank in ranks} or range(self.config.dp)
+        micro, dp = self.config.train.micro_batch_size, self.config.dp
         theirs = [b for i, b in enumerate(begins) if i // micro % dp in rows]
         shown = ", ".join(map(str, theirs[:8])) + (", ..." if len(theirs) > 8 else "")
         of = f" of worker {', '.join(map(str, ranks))}" if ranks else ""
@@ -76,7 +76,7 @@ class Guard:
 
     def _way_back(self) -> str:
         """Where the next start goes on from: before the checkpoint that led here."""
-        saved = RunFolder(self._config.run.dir).saved()
+        saved = RunFolder(self.config.run.dir).saved()
         if len(saved) < 2:
             return "; if it comes again, start anew in another run.dir"
         newest, before = (path.name.removeprefix("step-") for path in saved[:2])
@@ -86,7 +86,7 @@ class Guard:
         )
 
     def _leave_out(self, figure: str, value: float, step: int, where: str) -> bool:
-        guard = self._config.guard
+        guard = self.config.guard
         self.bad_since = self.bad_since or step
         bad = f"the {figure} is {value} at step {step}{where}"
         if guard.on_bad_step == "stop":

@@ -8,8 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +16,9 @@ from torch import Tensor
 from models.flops import parameters
 from models.scan import choose_backend
 from trainer import checkpoint
-from trainer.checks import tokenizer_faults
+from trainer.checkpoint import Saved
 from trainer.config import Config
-from trainer.data import SequenceReader, open_split, training_batches
+from trainer.data import SequenceReader, open_data, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, evaluate, evaluated_on, final_result
 from trainer.events import (
@@ -100,31 +99,16 @@ class _Run:
         config = worker.config
         self.worker, self.config, self.topology = worker, config, worker.topology
         self.folder = RunFolder(config.run.dir)
-        self.reader = _reader(worker, config, "train")
-        self.held_out: SequenceReader | None = None
-        if config.evaluate.sequences:
-            self.held_out = _reader(worker, config.held_out, "held_out")
-            streams = self.reader.stream, self.held_out.stream
-            pair = [stream.names[0] for stream in streams], [stream.info for stream in streams]
-            if faults := list(tokenizer_faults(*pair)):
-                raise ValueError("\n".join(f"evaluate.path: {fault}" for fault in faults))
-        data = self.reader.stream
-        self.changed = open_folder(worker, data)
-        saved, mirror = find_checkpoint(worker, submission, data)
+        self.data, self.held_out = open_data(worker)
+        self.changed = open_folder(worker, self.data)
+        saved, mirror = find_checkpoint(worker, submission, self.data)
         worker.pulse.now("building the model")
         self.engine = build_engine(worker, saved)
-        self.step, self.consumed = 0, 0  # steps taken; sequences read for them
-        if saved:
-            self.step, self.consumed = saved.manifest.step, saved.manifest.sequences_consumed
+        self.step = saved.manifest.step if saved else 0  # steps taken
         self.saved_at = (saved.manifest.step, saved.manifest.runs) if saved else None
         self.last_step = config.train.steps
         if config.train.stop_after is not None:
             self.last_step = min(self.last_step, self.step + config.train.stop_after)
-        self.midstep = resume(worker, saved, self.engine)  # of an earlier start
-        done = self.midstep.done if self.midstep else (0, 0)
-        self.batches = training_batches(
-            self.reader, config, self.topology.dp_rank, self.consumed, done
-        )
         self.evaluated: Evaluation | None = None  # of the last step, if it was
         self.asked: Stop = Stop.NO
         self.recent_seconds: deque[float] = deque(maxlen=20)
@@ -136,10 +120,24 @@ class _Run:
         self.saver = checkpoint.Saver(
             self.folder, config.checkpoint.keep, self.topology.aside, mirror
         )
+        self._enter_stage(saved)
+
+    def _enter_stage(self, saved: Saved | None = None) -> None:
+        """What follows from the length that sequences have from here on."""
+        now = self.stage = replace(self.worker, config=self.config.at(self.step))
+        self.guard.config = now.config
+        self.consumed = saved.manifest.sequences_consumed if saved else 0  # of this length
+        data = now.config.data
+        self.reader = SequenceReader(self.data, now.layout, data.reset_state, data.shift)
+        self.midstep = resume(now, saved, self.engine)  # of an earlier start
+        done = self.midstep.done if self.midstep else (0, 0)
+        self.batches = training_batches(
+            self.reader, now.config, self.topology.dp_rank, self.consumed, done
+        )
 
     def announce(self) -> None:
         """Tell what starts, and on which backend."""
-        config, layout = self.config, self.worker.layout
+        config, layout = self.config, self.stage.layout
         self.worker.tell(
             Started(
                 step=self.step,
@@ -173,7 +171,7 @@ class _Run:
 
     def take_step(self) -> Stop:
         """Read, learn, record; what whoever watches asks for. Stopped amid a streamed one."""
-        midstep, self.midstep = self.midstep or Midstep(self.worker, self.step), None
+        midstep, self.midstep = self.midstep or Midstep(self.stage, self.step), None
         midstep.asked, midstep.due, midstep.save = self.asked, self.schedule.overdue, self.save
         started = time.perf_counter() - midstep.seconds
         save_seconds = self.schedule.take_held_up()
@@ -185,7 +183,7 @@ class _Run:
         meter.take()
         relays.take()
         self.worker.pulse.now("computing")
-        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.worker, midstep)
+        loss_sum = accumulate_gradients(self.engine, batch.micro_batches, self.stage, midstep)
         saved_amid = self.schedule.take_held_up()
         started, save_seconds = started + saved_amid, save_seconds + saved_amid
         exchange_seconds, _ = meter.take()
@@ -197,7 +195,8 @@ class _Run:
         taken = taken and self.guard.takes_norm(grad_norm, self.step + 1, batch.begins)
         self.step += 1
         self.worker.pulse.step = self.step
-        self.consumed += self.config.train.batch_size
+        train = self.stage.config.train
+        self.consumed += train.batch_size
         self.evaluated = None
         every = self.config.guard.checksum_every
         if every and self.step % every == 0:
@@ -208,7 +207,8 @@ class _Run:
         if self.record:
             measured = {
                 "step": self.step,
-                "tokens": self.consumed * self.config.train.seq_len,
+                "tokens": self.config.tokens_before(self.step - 1) + self.consumed * train.seq_len,
+                "seq_len": train.seq_len,
                 "loss": finite(float(losses.sum()) / self.topology.dp_size),
                 "grad_norm": finite(grad_norm),
                 "learning_rate": rate,
@@ -224,6 +224,9 @@ class _Run:
             metrics = self.record.add(measured, batch.begins, taken)
             # taken up in the next step's exchange, so that all workers stop at the same one
             self.asked = self.worker.tell(Stepped(self.step, self.config.train.steps, metrics))
+        if self.config.at(self.step).train.seq_len != train.seq_len:
+            self.batches.close()
+            self._enter_stage()
         return asked
 
     def save(self, midstep: Midstep | None = None) -> None:
@@ -251,7 +254,7 @@ class _Run:
             data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
             runs=runs,
-            way=way(self.config) if runs else {},
+            way=way(self.stage.config) if runs else {},
         )
         amid = midstep.files(self.engine) if midstep and runs else {}
         self.saver.start(manifest, {**self.engine.snapshot(), **amid})
@@ -338,11 +341,3 @@ class _Run:
         if failed.any():
             self._end_save()
         return losses, int(memories.max()), Stop(int(asked.max()))
-
-
-def _reader(worker: Worker, config: Config, split: str) -> SequenceReader:
-    """This rank's shards of a split; what is wrong with the data is told by all workers."""
-    stream = worker.topology.together(partial(open_split, config, split))
-    shift = split == "train" and config.data.shift
-    layout = config.layout(worker.topology.sp_rank)
-    return SequenceReader(stream, layout, config.data.reset_state, shift)
