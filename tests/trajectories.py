@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.task import TrajectoryInfo
 from data_prep.trajectories import write_episodes
-from data_prep.trajectories.policy import Episode
+from data_prep.trajectories.settings import Episode
 
 SEEN, ACTED = 11, 3  # numbers, as many as Hopper's
 

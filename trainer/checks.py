@@ -236,9 +236,19 @@ def tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str
                     f"{first!r}): prepare both with the same"
                 )
                 break
-        else:
-            if info.trajectories != infos[0].trajectories:
-                yield f"{path} and {paths[0]} are frames of different episodes, scaled otherwise"
+        if info.trajectories and infos[0].trajectories and _scale(info) != _scale(infos[0]):
+            yield (
+                f"{path} and {paths[0]} are frames scaled otherwise, or of other environments: "
+                f"take one of them"
+            )
+
+
+def _scale(info: DatasetInfo) -> tuple[object, ...]:
+    """What two datasets of frames share where numbers mean the same in both."""
+    frames = info.trajectories
+    assert frames
+    scales = frames.return_scale, frames.observation_mean, frames.observation_deviation
+    return frames.environment, frames.action_width, *scales
 
 
 def data_fingerprint(config: Config) -> str | None:

@@ -231,6 +231,11 @@ class Config:
         return replace(self, data=data, train=train)
 
     @property
+    def first_rollout(self) -> int:
+        """The seed of the first episode that is played: no two runs begin in the same places."""
+        return 1_000_000 + self.run.seed * self.evaluate.rollouts  # nor where their data began
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches per step on each rank."""
         return self.train.batch_size // (self.dp * self.train.micro_batch_size)

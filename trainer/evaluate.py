@@ -1,5 +1,6 @@
 """Held-out loss, by position too, and the n-gram models it must beat; what actions earn."""
 
+import importlib
 import math
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -140,13 +141,14 @@ def _by_distance(totals: Tensor, distances: list[int]) -> list[tuple[int, float,
 
 
 def final_result(
-    evaluated: Evaluation, train: SequenceReader, held_out: SequenceReader, config: Config
+    evaluated: Evaluation, train: TokenStream, held_out: SequenceReader, worker: Worker
 ) -> dict[str, Any]:
     """The last held-out loss beside the n-gram models' on the same tokens, and what is earned."""
+    config = worker.config
     losses: dict[str, float] = {}
-    info = train.stream.info
+    info = train.info
     if not info.synthetic and not info.trajectories:  # of which n-grams would tell nothing
-        losses = _ngram_losses(train.stream, held_out.stream, evaluated)
+        losses = _ngram_losses(train, held_out.stream, evaluated)
     counted = evaluated.tokens, evaluated.text_bytes
     baselines = {
         name: {"loss": loss, "bits_per_byte": bits_per_byte(loss, *counted)}
@@ -154,25 +156,31 @@ def final_result(
     }
     result = {"baselines": baselines, "of": evaluated_on(held_out, config)}
     if config.evaluate.rollouts:
-        result["rollouts"] = asdict(_rolled_out(config))
+        result["rollouts"] = asdict(_rolled_out(config, worker.device))
     return {**asdict(evaluated), **result}
 
 
-def _rolled_out(config: Config) -> "Rollouts":
+def check_rollouts() -> None:
+    """Raises ValueError where episodes cannot be played on this machine."""
     try:
-        from trainer.rollout import roll_out
+        importlib.import_module("trainer.rollout")
     except ImportError as error:
         raise ValueError(f"evaluate.rollouts: {error}: pip install 'longhaul[rl]'") from None
-    settings = config.evaluate
-    folder, episodes, asked = Path(config.run.dir), settings.rollouts, settings.rollout_return
-    first = config.run.seed * episodes  # no two runs begin in the same places
-    return roll_out(folder, episodes, first, asked, settings.rollout_frames)
+
+
+def _rolled_out(config: Config, device: torch.device) -> "Rollouts":
+    from trainer.rollout import roll_out
+
+    settings, folder = config.evaluate, Path(config.run.dir)
+    chosen = settings.rollout_return, settings.rollout_frames
+    return roll_out(folder, settings.rollouts, device, config.first_rollout, *chosen)
 
 
 def evaluated_on(held_out: SequenceReader, config: Config) -> list[Any]:
     """Which data, at which length, and what was played: a result of others is none."""
     settings = config.evaluate
-    played = settings.rollouts, settings.rollout_return, settings.rollout_frames
+    chosen = settings.rollout_return, settings.rollout_frames
+    played = settings.rollouts, config.first_rollout, *chosen
     return [
         held_out.stream.fingerprint,
         held_out.layout.seq_len,

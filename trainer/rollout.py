@@ -33,26 +33,26 @@ class Rollouts:
 def roll_out(
     run: Path,
     episodes: int,
-    seed: int = 0,
+    device: torch.device,
+    first_seed: int = 0,
     asked: float | None = None,
     frames: int | None = None,
 ) -> Rollouts:
     """Play episodes side by side with a run's newest checkpoint.
 
-    Asked for is a return, the best of the training data where it is None. What was earned is taken
-    off it as the episode goes on. The model sees the last `frames` frames, read anew each time, as
-    the Decision Transformer does; None: all, by the carry. Raises ValueError for a run of no
-    decision model.
+    They begin by the seeds from `first_seed` on. Asked for is a return, the best of the training
+    data where it is None. What was earned is taken off it as the episode goes on. The model sees
+    the last `frames` frames, read anew each time, as the Decision Transformer does; None: all, by
+    the carry. Raises ValueError for a run of no decision model.
     """
     if episodes < 1:
         raise ValueError(f"{episodes} episodes are not positive")
     info = load_info(run).trajectories if RunFolder(run).data.exists() else None
     if info is None:
         raise ValueError(f"{run} is not a run on what data_prep.trajectories writes")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_trained(run, device)
     asked = info.returns[-1] if asked is None else asked
-    returns, lengths = _play(_Player(model, info, frames, device), episodes, seed, asked)
+    returns, lengths = _play(_Player(model, info, frames, device), episodes, first_seed, asked)
     return Rollouts(
         environment=info.environment,
         score=mean(info.score(each) for each in returns),

@@ -20,7 +20,7 @@ from trainer.checkpoint import Saved
 from trainer.config import Config
 from trainer.data import SequenceReader, open_data, training_batches
 from trainer.engine import versions
-from trainer.evaluate import Evaluation, evaluate, evaluated_on, final_result
+from trainer.evaluate import Evaluation, check_rollouts, evaluate, evaluated_on, final_result
 from trainer.events import (
     Ended,
     Evaluated,
@@ -99,6 +99,8 @@ class _Run:
         config = worker.config
         self.worker, self.config, self.topology = worker, config, worker.topology
         self.folder = RunFolder(config.run.dir)
+        if config.evaluate.rollouts:
+            self.topology.together(check_rollouts)  # now, not after the last step
         self.data, self.held_out = open_data(worker)
         self.changed = open_folder(worker, self.data)
         saved, mirror = find_checkpoint(worker, submission, self.data)
@@ -319,7 +321,7 @@ class _Run:
     def _write_result(self) -> None:
         assert self.held_out
         assert self.evaluated
-        found = final_result(self.evaluated, self.reader, self.held_out, self.config)
+        found = final_result(self.evaluated, self.data, self.held_out, self.worker)
         self.folder.write_result({"step": self.config.train.steps, **found})
 
     def _agree(self, loss_sum: Tensor) -> tuple[Tensor, int, Stop]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,8 @@ from data_prep.files import file_sha256, write_whole, written_whole
 from data_prep.parts import PartWriter, Told
 from data_prep.schema import DatasetInfo
 from data_prep.task import TrajectoryInfo
-from data_prep.trajectories.settings import TrajectorySettings
+from data_prep.trajectories.settings import Episode, PolicyInfo, TrajectorySettings
 from data_prep.write import Settings, existing_dataset, only_writer, seal_dataset
-
-if TYPE_CHECKING:
-    from data_prep.trajectories.policy import Episode
 
 QUALITIES = ("medium", "medium-replay")
 POLICY, POLICY_INFO, REPLAY = "policy.zip", "policy.json", "replay.npz"
@@ -65,18 +62,19 @@ def _check(settings: TrajectorySettings) -> None:
         raise ValueError(f"--algorithm {settings.algorithm} is not {' or '.join(ALGORITHMS)}")
 
 
-def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, Any]:
+def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> PolicyInfo:
     """What is known of the folder's policy, which is trained where there is none."""
     from data_prep.trajectories.environment import score_returns
     from data_prep.trajectories.policy import described, train_policy
 
     about = out / POLICY_INFO
     if about.exists():
-        known: dict[str, Any] = json.loads(about.read_text())
-        if known["settings"] != asdict(settings):
-            raise ValueError(
-                f"{out} is of other settings, {known['settings']}: choose another --out"
-            )
+        try:
+            known = PolicyInfo(**json.loads(about.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{about} cannot be read ({error}): remove {out}") from None
+        if known.settings != asdict(settings):
+            raise ValueError(f"{out} is of other settings, {known.settings}: choose another --out")
         return known
     if out.exists() and {path.name for path in out.iterdir()} - UNFINISHED:
         raise ValueError(f"{out} exists and holds no policy of this command: choose another --out")
@@ -90,21 +88,22 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, An
         f.write(saved.getvalue())
     with written_whole(out / REPLAY) as f:
         np.savez(f, **_arrays(episodes))
-    known = {
-        "settings": asdict(settings),
-        "policy": described(settings, policy.num_timesteps),
-        "return": reached,
-        "sha256": file_sha256(out / REPLAY),  # the policy's own file has its date in it
-        "score_returns": [least, most],
-    }
-    write_whole(about, json.dumps(known, indent=2) + "\n")  # last: it says that the rest is there
+    known = PolicyInfo(
+        settings=asdict(settings),
+        policy=described(settings, policy.num_timesteps),
+        earned=reached,
+        sha256=file_sha256(out / REPLAY),
+        score_returns=[least, most],
+    )
+    # last: it says that the rest is there
+    write_whole(about, json.dumps(asdict(known), indent=2) + "\n")
     return known
 
 
 def _dataset(
-    settings: TrajectorySettings, out: Path, quality: str, known: dict[str, Any]
+    settings: TrajectorySettings, out: Path, quality: str, known: PolicyInfo
 ) -> DatasetInfo:
-    described = json.dumps([known, quality, BLOCK_FRAMES, HELD_OUT_EVERY])
+    described = json.dumps([asdict(known), quality, BLOCK_FRAMES, HELD_OUT_EVERY])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
     if (out / quality).exists():
         return existing_dataset(out / quality, fingerprint)
@@ -121,7 +120,7 @@ def _dataset(
 
 
 def _about(
-    environment: str, quality: str, known: dict[str, Any], episodes: list["Episode"]
+    environment: str, quality: str, known: PolicyInfo, episodes: list[Episode]
 ) -> TrajectoryInfo:
     training = [e for n, e in enumerate(episodes) if not held_out(n, len(episodes))]
     returns = [float(e.rewards.sum()) for e in training]
@@ -131,13 +130,13 @@ def _about(
         observation_width=seen.shape[1],
         action_width=training[0].actions.shape[1],
         quality=quality,
-        policy=known["policy"],
-        policy_return=known["return"],
+        policy=known.policy,
+        policy_return=known.earned,
         returns=[min(returns), float(np.mean(returns)), max(returns)],
         return_scale=max(max(map(abs, returns)), 1e-6),
         observation_mean=seen.mean(0).tolist(),
         observation_deviation=(seen.std(0) + 1e-6).tolist(),
-        score_returns=known["score_returns"],
+        score_returns=known.score_returns,
     )
 
 
@@ -146,7 +145,7 @@ def held_out(number: int, episodes: int) -> bool:
     return number % HELD_OUT_EVERY == min(HELD_OUT_EVERY, episodes) - 1
 
 
-def frames_of(episode: "Episode", about: TrajectoryInfo) -> NDArray[np.float32]:
+def frames_of(episode: Episode, about: TrajectoryInfo) -> NDArray[np.float32]:
     """[T, width] the frames of an episode, as task.TrajectoryInfo has them."""
     before = np.zeros_like(episode.actions)
     before[1:] = episode.actions[:-1]
@@ -157,7 +156,7 @@ def frames_of(episode: "Episode", about: TrajectoryInfo) -> NDArray[np.float32]:
 
 
 def write_episodes(
-    episodes: list["Episode"], about: TrajectoryInfo, fingerprint: str, out: Path
+    episodes: list[Episode], about: TrajectoryInfo, fingerprint: str, out: Path
 ) -> DatasetInfo:
     """Write DIR from episodes. Raises ValueError where there are too few to keep one."""
     info = DatasetInfo(
@@ -180,7 +179,7 @@ def write_episodes(
     return info
 
 
-def _arrays(episodes: list["Episode"]) -> dict[str, NDArray[Any]]:
+def _arrays(episodes: list[Episode]) -> dict[str, NDArray[Any]]:
     return {
         "observations": np.concatenate([e.observations for e in episodes]),
         "actions": np.concatenate([e.actions for e in episodes]),
@@ -189,9 +188,7 @@ def _arrays(episodes: list["Episode"]) -> dict[str, NDArray[Any]]:
     }
 
 
-def _read_episodes(path: Path) -> list["Episode"]:
-    from data_prep.trajectories.policy import Episode
-
+def _read_episodes(path: Path) -> list[Episode]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])[:-1]

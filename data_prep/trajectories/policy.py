@@ -5,7 +5,6 @@ needs fewer frames; proximal policy optimization (Schulman et al. 2017) needs le
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from data_prep.trajectories.environment import make_environment
-from data_prep.trajectories.settings import TrajectorySettings
+from data_prep.trajectories.settings import Episode, TrajectorySettings
 
 ALGORITHMS: dict[str, type[PPO] | type[SAC]] = {"ppo": PPO, "sac": SAC}
 RECENT = 10  # episodes whose mean score decides
 TELL_EVERY = 10_000  # frames
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What was seen, done and earned: observations [T, S], actions [T, A], rewards [T]."""
-
-    observations: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    rewards: NDArray[np.float32]
 
 
 class Recorder(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -7,9 +7,9 @@ import pytest
 
 from data_prep.__main__ import main as data_prep
 from data_prep.schema import load_info
-from data_prep.trajectories import frames_of, held_out
+from data_prep.trajectories import frames_of, held_out, prepare_trajectories
 from data_prep.trajectories.__main__ import main
-from data_prep.trajectories.policy import Episode
+from data_prep.trajectories.settings import Episode, TrajectorySettings
 from tests.trajectories import ACTED, SEEN, about, make_episodes, write_made_up
 from trainer.config import DataConfig
 from trainer.data import SequenceReader, TokenStream
@@ -142,3 +142,11 @@ def test_a_policy_that_stays_bad_is_told(tmp_path, capsys):
     assert "below 3234" in told
     assert "--most-frames" in told
     assert not (tmp_path / "x").exists()
+
+
+def test_a_policy_of_other_settings_or_unreadable_is_told(tmp_path):
+    (tmp_path / "out").mkdir()
+    for text, told in (("{", "cannot be read"), ('{"return": 1}', "cannot be read")):
+        (tmp_path / "out" / "policy.json").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            prepare_trajectories(TrajectorySettings("Hopper-v5"), tmp_path / "out")

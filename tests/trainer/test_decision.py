@@ -162,7 +162,7 @@ def test_a_trained_run_is_played_again(decision_file, capsys):
     run(decision_file, 1)
     folder = decision_file.parent / "run"
     played = json.loads((folder / "evaluation.json").read_text())["rollouts"]
-    assert main(["rollout", str(folder), "--episodes", "2", "--frames", "8"]) == 0
+    assert main(["rollout", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert f"score of {played['score']:.1f} over 2 episodes" in printed
     assert [f"return {each:,.1f}" in printed for each in played["returns"]] == [True, True]
@@ -197,7 +197,7 @@ def test_an_action_at_its_bound_still_learns_in_bf16():
 
 def test_only_a_run_on_frames_is_played(tmp_path):
     with pytest.raises(ValueError, match="is not a run on what data_prep"):
-        roll_out(tmp_path, 1)
+        roll_out(tmp_path, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
