@@ -33,6 +33,13 @@ def at_home(path: str) -> Path:
         raise ValueError(f"{path}: {error}") from None
 
 
+def folder_here(path: str) -> Path:
+    """The same, where an address would not do. Raises ValueError for one."""
+    if "://" in path:
+        raise ValueError(f"--out {path} is an address: name a folder of this machine")
+    return at_home(path)
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as f:

@@ -15,8 +15,8 @@ cycle, even-pairs, majority
 
 import argparse
 import sys
-from pathlib import Path
 
+from data_prep.files import folder_here
 from data_prep.schema import INFO_NAME
 from data_prep.synthetic import TASKS, SyntheticSettings, prepare_synthetic
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
     for name, meaning in (
         ("length", "tokens of a sequence"),
         ("tokens", "tokens of the answer"),
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument("--distances", default="", help="comma-separated; 3..40: all of them")
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
     try:
+        out = folder_here(args.pop("out"))
         args["distances"] = tuple(
             distance for part in args["distances"].split(",") if part for distance in _range(part)
         )

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from data_prep.files import folder_here
 from data_prep.trajectories import TrajectorySettings, prepare_trajectories
 
 
@@ -25,10 +25,7 @@ def main(argv: list[str]) -> int:
     add("--seed", type=int, default=defaults.seed)
     args = parser.parse_args(argv)
     try:
-        out = vars(args).pop("out")
-        if "://" in out:
-            raise ValueError(f"--out {out} is an address: name a folder of this machine")
-        out = Path(out)
+        out = folder_here(vars(args).pop("out"))
         written = prepare_trajectories(TrajectorySettings(**vars(args)), out)
     except ImportError as error:
         print(f"error: {error}: pip install 'longhaul[rl]'", file=sys.stderr)

@@ -200,3 +200,8 @@ def test_ranges_of_lengths(tmp_path):
     arguments = ["cycle", "--length", "20", "--distances", "3..5,9", "--train", "8"]
     assert main([*arguments, "--out", str(tmp_path / "set")]) == 0
     assert load_info(tmp_path / "set").synthetic.distances == [3, 4, 5, 9]
+
+
+def test_an_address_is_not_taken_for_a_folder(capsys):
+    assert main(["copy", "--out", "s3://bucket/copy"]) == 1
+    assert "is an address: name a folder" in capsys.readouterr().err
