@@ -1,7 +1,9 @@
 """Run a function on N gloo ranks, each a process, which stay up from one call to the next.
 
 The ranks of a world are forked, once, from a server that has imported the heavy libraries already.
-A call that fails, or that leaves its processes changed (`fresh`), costs its world.
+A call that fails, or that leaves its processes changed (`fresh`), costs its world. So does one of
+another size, and any number of calls in the end: each thread of a gloo group, idle or left behind,
+wakes a hundred times a second, and a thousand of them leave no time for anything else.
 """
 
 import atexit
@@ -12,6 +14,8 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
+
+MOST_THREADS = 48  # of a rank that is kept
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "deepspeed", "tests.distributed", "trainer.train"])
@@ -31,7 +35,9 @@ def run_distributed(
     `fresh`: in processes of its own, for a function that patches what others use, or dies. Raises
     AssertionError with the traceback of every rank that failed.
     """
-    world = _World(world_size) if fresh else _WORLDS.get(world_size) or _World(world_size)
+    for other in [size for size in _WORLDS if fresh or size != world_size]:
+        _WORLDS.pop(other).kill()
+    world = _WORLDS.get(world_size) or _World(world_size)
     try:
         results = world.call(function, args, timeout)
     except BaseException:
@@ -39,7 +45,8 @@ def run_distributed(
             _WORLDS.pop(world_size, None)
         world.kill()
         raise
-    if fresh:
+    if fresh or world.threads > MOST_THREADS:
+        _WORLDS.pop(world_size, None)
         world.kill()
     else:
         _WORLDS[world_size] = world
@@ -61,13 +68,14 @@ class _World:
         for _, theirs in pipes:
             theirs.close()
         self._pipes = [ours for ours, _ in pipes]
+        self.threads = 0  # of the rank that has most
 
     def call(self, function: Any, args: tuple[Any, ...], timeout: float) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args))
-        outcomes: dict[int, tuple[bool, Any]] = {}
+        outcomes: dict[int, tuple[bool, Any, int]] = {}
         deadline = monotonic() + timeout
-        while len(outcomes) < len(self._pipes) and all(ok for ok, _ in outcomes.values()):
+        while len(outcomes) < len(self._pipes) and all(ok for ok, *_ in outcomes.values()):
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in outcomes]
             ready = wait(waiting, max(0, deadline - monotonic()))
             assert ready, f"{len(waiting)} ranks did not answer within {timeout} s"
@@ -76,9 +84,10 @@ class _World:
                 try:
                     outcomes[rank] = pipe.recv()
                 except EOFError:
-                    outcomes[rank] = (False, "its process died")
-        failed = [f"rank {rank}:\n{value}" for rank, (ok, value) in outcomes.items() if not ok]
+                    outcomes[rank] = (False, "its process died", 0)
+        failed = [f"rank {rank}:\n{value}" for rank, (ok, value, _) in outcomes.items() if not ok]
         assert not failed, "\n".join(failed)
+        self.threads = max(threads for *_, threads in outcomes.values())
         return [outcomes[rank][1] for rank in range(len(self._pipes))]
 
     def kill(self) -> None:
@@ -120,6 +129,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         torch.use_deterministic_algorithms(True)  # with NaN in new memory, as in conftest.py
         torch.manual_seed(0)
         try:
-            pipe.send((True, function(*args)))
+            pipe.send((True, function(*args), len(os.listdir("/proc/self/task"))))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send((False, traceback.format_exc(), 0))
