@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def run_distributed(
-    function: Any, world_size: int, *args: Any, timeout: float = 300, fresh: bool = False
+    function: Any, world_size: int, *args: Any, timeout: float = 600, fresh: bool = False
 ) -> list[Any]:
     """`function(*args)` on every rank of a gloo world; the results in rank order.
 
