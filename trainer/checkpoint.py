@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder, add_line, read_lines
-from trainer.storage import MANIFEST, Mirror, place_of
+from trainer.storage import MANIFEST, Mirror, kept, place_of
 
 LEFT = ".left"  # the end of the name of a checkpoint that was put aside
 WEIGHTS = "model.safetensors"
@@ -102,8 +102,11 @@ class Saver:
         write_whole(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
         _record(self._run, partial, manifest.step)
         _replace(partial, final)
-        for old in self._run.saved()[self._keep :]:
-            shutil.rmtree(old)
+        there = self._run.saved()
+        stay = kept([path.name for path in there], self._keep, final.name)
+        for old in there:
+            if old.name not in stay:
+                shutil.rmtree(old)
 
 
 def _record(run: RunFolder, folder: Path, step: int) -> None:

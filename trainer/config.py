@@ -196,10 +196,14 @@ class Config:
         train, segments = self.train, self.layout().segments
         return Plan(segments, min(train.keep_segments, segments), train.truncate)
 
+    def stage(self, step: int) -> int:
+        """Lengths of the curriculum that are passed after that many steps."""
+        return min(step // self.train.curriculum_steps, len(self.train.curriculum))
+
     def at(self, step: int) -> "Config":
         """The run after that many steps: with shorter sequences, and more, amid a curriculum."""
         train = self.train
-        for length in train.curriculum[step // train.curriculum_steps :][:1]:
+        for length in train.curriculum[self.stage(step) :][:1]:
             more = train.seq_len // length
             segment_len = train.segment_len and min(train.segment_len, length)
             shorter = replace(
@@ -215,8 +219,7 @@ class Config:
     def tokens_before(self, step: int) -> int:
         """Of the sequences of earlier lengths."""
         train = self.train
-        passed = min(step // train.curriculum_steps, len(train.curriculum))
-        return passed * train.curriculum_steps * train.batch_size * train.seq_len
+        return self.stage(step) * train.curriculum_steps * train.batch_size * train.seq_len
 
     @property
     def held_out(self) -> "Config":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.run_folder import RunFolder
+from trainer.storage import place_of
 
 RECENT, FEWEST = 50, 20  # steps that a spike is measured against
 
@@ -79,11 +80,11 @@ class Guard:
         saved = RunFolder(self.config.run.dir).saved()
         if len(saved) < 2:
             return "; if it comes again, start anew in another run.dir"
-        newest, before = (path.name.removeprefix("step-") for path in saved[:2])
-        return (
-            f"; that goes back to step {before}, for step {newest} led here "
-            f"(checkpoint.resume_step={newest} goes on from it all the same)"
-        )
+        (newest, runs), (before, _) = (place_of(path.name) or (0, 0) for path in saved[:2])
+        back = f"; that goes back to step {before}, for step {newest} led here "
+        if runs:  # amid the bad step, which would only come again
+            return back.rstrip()
+        return f"{back}(checkpoint.resume_step={newest} goes on from it all the same)"
 
     def _leave_out(self, figure: str, value: float, step: int, where: str) -> bool:
         guard = self.config.guard

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import Files, Saved
-from trainer.config import Config
 from trainer.engine import Engine
 from trainer.events import Stop, Streamed
 from trainer.segments import Position
@@ -32,7 +31,7 @@ class Midstep:
     worker: Worker
     step: int  # taken before it
     asked: Stop = Stop.NO
-    due: Callable[[], bool] = lambda: False  # by rank 0's clock
+    due: Callable[[], bool] = lambda: False  # by any rank's clock
     save: Callable[["Midstep"], None] = lambda _: None  # every rank does
     micro_batch: int = 0  # of the step's, under way
     here: Position = field(default_factory=Position)  # in it
@@ -70,7 +69,7 @@ class Midstep:
         self.here = Position()
 
     def files(self, engine: Engine) -> Files:
-        """What this rank adds to a checkpoint. Carries are not changed any more, nor copied."""
+        """What this rank adds to a checkpoint. Carries are not copied: what they show stays."""
         here = self.here
         state = {
             "micro_batch": self.micro_batch,
@@ -106,7 +105,7 @@ def resume(worker: Worker, saved: Saved | None, engine: Engine) -> Midstep | Non
         return None
     manifest, topology = saved.manifest, worker.topology
     there = manifest.way, manifest.world_size, manifest.sp
-    if there != (way(worker.config), topology.world_size, topology.sp_size):
+    if there != (way(worker), topology.world_size, topology.sp_size):
         worker.warn(
             f"{saved.folder} was saved amid step {manifest.step + 1}, which went through other "
             f"segments or workers: that step is begun anew"
@@ -117,8 +116,8 @@ def resume(worker: Worker, saved: Saved | None, engine: Engine) -> Midstep | Non
     return midstep
 
 
-def way(config: Config) -> dict[str, Any]:
+def way(worker: Worker) -> dict[str, Any]:
     """How a step goes through its segments: a start that goes another way begins the step anew."""
-    train = config.train
     names = ("batch_size", "micro_batch_size", "segment_len")
-    return {name: getattr(train, name) for name in names} | asdict(config.plan)
+    sizes = {name: getattr(worker.config.train, name) for name in names}
+    return {"device": worker.device.type, **sizes, **asdict(worker.config.plan)}

@@ -62,7 +62,8 @@ def _exact(plan: Plan, work: Work, here: Position) -> None:
     with torch.no_grad():
         while here.reads < first_kept:
             batch = work.take(here)
-            here.entering.append(work.run(here.reads, batch, here.entering[-1], False)[1])
+            leaving = work.run(here.reads, batch, here.entering[-1], False)[1]
+            here.entering.append(_apart(leaving))
             here.reads += 1
     if here.reads == first_kept:
         kept = []
@@ -107,8 +108,18 @@ def _truncated(plan: Plan, work: Work, here: Position) -> None:
         loss, leaving = work.run(here.reads, batch, here.entering.pop(), True)
         work.backward(loss, here.reads == plan.segments - 1)
         here.losses.append(loss.detach())
-        here.entering.append([tuple(x.detach() for x in layer) for layer in leaving])
+        here.entering.append(_apart(leaving))
         here.reads += 1
+
+
+def _apart(carry: list[Carry]) -> list[Carry]:
+    """The same values without what they are cut from: a view would keep a whole segment."""
+    return [tuple(_own(x.detach()) for x in layer) for layer in carry]
+
+
+def _own(x: Tensor) -> Tensor:
+    # a cache, which is a whole buffer that others share, stays as it is
+    return x.clone() if x.untyped_storage().nbytes() > 2 * x.nbytes else x
 
 
 def _leaves(carry: list[Carry] | None) -> list[Carry] | None:

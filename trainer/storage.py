@@ -21,6 +21,18 @@ def place_of(name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
+def kept(names: list[str], keep: int, made: str) -> list[str]:
+    """Of checkpoints' names, newest first, those that stay now that one is `made`.
+
+    Of whole steps the newest `keep`; of a step under way the one just made: what else there is was
+    saved before it, or is of that step as it was begun before.
+    """
+    whole = [name for name in names if (place_of(name) or (0, 1))[1] == 0]
+    if made in whole:
+        return [made, *(name for name in whole if name != made)][:keep]
+    return [made, *whole[:keep]]
+
+
 def address_fault(address: str) -> str | None:
     """Why an address cannot be used from here; None where it can."""
     protocol, path = fsspec.core.split_protocol(address)
@@ -66,10 +78,10 @@ class Mirror:
                     f"{found.get(name, 0)} of {path.stat().st_size} bytes"
                 )
         self.upload(folder, [MANIFEST])
-        kept = self.saved()[:keep]
+        stay = kept(self.saved(), keep, folder.name)
         for path in self._try(self._files.glob, self._path("step-*")):  # unfinished ones too
             name = posixpath.basename(path)
-            if name in kept:
+            if name in stay:
                 continue
             if self._try(self._files.exists, self._path(name, MANIFEST)):
                 self._try(self._files.rm_file, self._path(name, MANIFEST))

@@ -133,6 +133,8 @@ class _Run:
         self.reader = SequenceReader(self.data, now.layout, data.reset_state, data.shift)
         self.midstep = resume(now, saved, self.engine)  # of an earlier start
         done = self.midstep.done if self.midstep else (0, 0)
+        if saved and self.midstep is None and saved.manifest.runs:
+            self.saved_at = None  # of a step that is begun anew
         self.batches = training_batches(
             self.reader, now.config, self.topology.dp_rank, self.consumed, done
         )
@@ -175,7 +177,8 @@ class _Run:
         """Read, learn, record; what whoever watches asks for. Stopped amid a streamed one."""
         midstep, self.midstep = self.midstep or Midstep(self.stage, self.step), None
         midstep.asked, midstep.due, midstep.save = self.asked, self.schedule.overdue, self.save
-        started = time.perf_counter() - midstep.seconds
+        before = midstep.seconds  # of this step, in an earlier start
+        started = time.perf_counter()
         save_seconds = self.schedule.take_held_up()
         self.worker.pulse.now("reading data")
         batch, _ = self.worker.read_together(lambda: next(self.batches))
@@ -203,7 +206,7 @@ class _Run:
         every = self.config.guard.checksum_every
         if every and self.step % every == 0:
             self._compare_replicas()
-        step_seconds = time.perf_counter() - started
+        step_seconds = time.perf_counter() - started + before
         self.recent_seconds.append(step_seconds)
         steps_left = self.config.train.steps - self.step
         if self.record:
@@ -226,7 +229,7 @@ class _Run:
             metrics = self.record.add(measured, batch.begins, taken)
             # taken up in the next step's exchange, so that all workers stop at the same one
             self.asked = self.worker.tell(Stepped(self.step, self.config.train.steps, metrics))
-        if self.config.at(self.step).train.seq_len != train.seq_len:
+        if self.config.stage(self.step) != self.config.stage(self.step - 1):
             self.batches.close()
             self._enter_stage()
         return asked
@@ -256,7 +259,7 @@ class _Run:
             data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
             runs=runs,
-            way=way(self.stage.config) if runs else {},
+            way=way(self.stage) if runs else {},
         )
         amid = midstep.files(self.engine) if midstep and runs else {}
         self.saver.start(manifest, {**self.engine.snapshot(), **amid})
@@ -339,7 +342,8 @@ class _Run:
         ]
         everyone = self.topology.gather(torch.tensor(mine, dtype=torch.float64, device=device))
         losses, memories, asked, due, failed = everyone.cpu().unbind(1)
-        self.save_due = bool(due[0])
+        # a step that was saved in its middle leaves a checkpoint of its own
+        self.save_due = bool(due[0]) or (self.saved_at is not None and self.saved_at[1] > 0)
         if failed.any():
             self._end_save()
         return losses, int(memories.max()), Stop(int(asked.max()))

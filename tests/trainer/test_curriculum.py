@@ -1,6 +1,5 @@
 """Several lengths in one run: each step is as in a run of its length; a resume knows which."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,4 +101,7 @@ def test_a_step_has_as_many_tokens_at_every_length(config_file):
     assert [stage.segment_len for stage in stages] == [48, 48, 64, 64, 64]
     assert {stage.seq_len * stage.batch_size for stage in stages} == {384}
     assert {config.at(step).accumulation for step in range(5)} == {2}
-    assert config.at(4) == replace(config)
+    assert config.at(4) == config
+    twice = load_config(config_file, ["train.curriculum=[96,96]", "train.curriculum_steps=2"])
+    assert [twice.stage(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [twice.tokens_before(step) for step in range(6)] == [0, 0, 768, 768, 1536, 1536]

@@ -16,6 +16,7 @@ from trainer import train as train_module
 from trainer.config import load_config
 from trainer.events import Ended, Event, Started, Stop, Streamed
 from trainer.run_folder import RunFolder
+from trainer.storage import kept
 
 HYBRID = ("model.mixer=[mingru,window]", "model.window=10", "model.dropout=0.1")
 # two micro-batches of four segments, the last of them shorter: seven runs each
@@ -127,7 +128,19 @@ def test_a_kill_in_a_step_loses_what_came_after_the_last_save(config_file):
     assert start.step == 2
     assert 4 <= start.runs <= 6
     assert figures(events) == whole[2:]
-    assert [path.name for path in RunFolder(config_file.parent / "killed").saved()] == [
-        "step-000005",
-        f"step-000002-{start.runs:06d}",
+    # the step that was saved in its middle left a checkpoint of its own
+    saved = RunFolder(config_file.parent / "killed").saved()
+    assert [path.name for path in saved] == ["step-000005", "step-000003"]
+
+
+def test_what_stays_when_a_checkpoint_is_made():
+    """Whole steps are counted; of one under way only the newest stays, as it was last begun."""
+    whole = ["step-000010", "step-000009"]
+    assert kept(["step-000010-000009", *whole], 2, "step-000010-000009") == [
+        "step-000010-000009",
+        *whole,
     ]
+    names = ["step-000010-000900", "step-000010-000050", *whole]
+    assert kept(names, 1, "step-000010-000050") == ["step-000010-000050", "step-000010"]
+    assert kept(["step-000011", *names], 2, "step-000011") == ["step-000011", "step-000010"]
+    assert kept(["step-000011", *names], 1, "step-000011") == ["step-000011"]

@@ -98,6 +98,25 @@ class _Work:
         loss.backward()
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("mixer", ["mingru", "gru", "mamba", "window"])
+def test_a_carry_keeps_its_own_bytes_and_no_segment(mixer, truncate):
+    """A state cut from a segment's activations would keep all of them, for every segment."""
+    model = _model(mixer)
+    tokens = torch.zeros(1, 40 * 7, dtype=torch.int64)
+    plan, held = Plan(7, truncate=truncate), []
+
+    class Watched(_Work):
+        def take(self, here):
+            carries = [x for each in here.entering for layer in each or [] for x in layer]
+            held.append(sum(x.untyped_storage().nbytes() - 2 * x.nbytes for x in carries))
+            return super().take(here)
+
+    cut = (tokens[:, read * 40 : read * 40 + 40] for read in plan.reads)
+    stream(plan, Watched(model, (MicroBatch(x, x, None) for x in cut), 7))
+    assert max(held) <= 0
+
+
 def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The largest, of any number of any gradient, over the largest of that gradient."""
     return max(float((one[n] - other[n]).abs().max() / other[n].abs().max()) for n in other)
