@@ -30,6 +30,7 @@ METRICS = {
     "tokens_per_second_per_worker",
     "step_seconds",
     "data_seconds",
+    "seq_len",
     "exchange_seconds",
     "save_seconds",
     "elapsed_seconds",
