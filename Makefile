@@ -13,7 +13,7 @@ train: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch train configs/demo.yaml
 
-# The proofs, in ten to fifteen minutes on two cores: both lanes side by side.
+# The proofs, both lanes side by side: a quarter of an hour on two fast cores, 40 minutes on slow ones.
 test: setup static
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line fast-lane slow-lane
 
