@@ -6,11 +6,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer
 
 from models.build import build_model
 from tests.distributed import run_distributed
-from trainer.config import load_config
-from trainer.data import SequenceReader, TokenStream
+from trainer.config import Config, load_config
+from trainer.data import MicroBatch, SequenceReader, TokenStream
 from trainer.events import Event, Started, Stepped, Stop, Warned
 from trainer.layout import Layout
 from trainer.optim import build_optimizer, learning_rate
@@ -71,16 +73,23 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     for step in range(config.train.steps):
         first = step * config.train.batch_size
         batch = reader.micro_batch([order[first + i] for i in range(config.train.batch_size)])
-        answers, _ = model(batch.inputs, reset=batch.reset)
-        if batch.labels.is_floating_point():
-            loss = F.mse_loss(answers, batch.labels)
-        else:
-            loss = F.cross_entropy(answers.flatten(0, 1), batch.labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, config.optim)
-        optimizer.step()
-        result.append((float(loss.detach()), float(norm)))
+        result.append(plain_step(model, optimizer, batch, config, step))
     return result
+
+
+def plain_step(
+    model: nn.Module, optimizer: Optimizer, batch: MicroBatch, config: Config, step: int
+) -> tuple[float, float]:
+    """Loss and gradient norm of one update, after `step` others."""
+    answers, _ = model(batch.inputs, reset=batch.reset)
+    if batch.labels.is_floating_point():
+        loss = F.mse_loss(answers, batch.labels)
+    else:
+        loss = F.cross_entropy(answers.flatten(0, 1), batch.labels.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config.train.steps, config.optim)
+    optimizer.step()
+    return float(loss.detach()), float(norm)

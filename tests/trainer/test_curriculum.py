@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from models.build import build_model
-from tests.trainer.runs import Figures, figures, of_kind, run, started_at
+from tests.trainer.runs import Figures, figures, of_kind, plain_step, run, started_at
 from trainer.config import ConfigError, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.events import Stepped
 from trainer.layout import Layout
-from trainer.optim import build_optimizer, learning_rate
+from trainer.optim import build_optimizer
 
 # of five steps two on each of two lengths, then one on 192 tokens
 CURRICULUM = ["train.curriculum=[48,96]", "train.curriculum_steps=2", "evaluate.sequences=2"]
@@ -29,15 +28,7 @@ def _plain(file: Path, options: list[str]) -> Figures:
         reader = SequenceReader(TokenStream(config.data, "train"), Layout(length), True)
         order, count, first = reader.order(config.run.seed, shift=False), 384 // length, step % 2
         batch = reader.micro_batch([order[first * count + i] for i in range(count)])
-        answers, _ = model(batch.inputs, reset=batch.reset)
-        loss = F.cross_entropy(answers.flatten(0, 1), batch.labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, config.optim)
-        optimizer.step()
-        result.append((float(loss.detach()), float(norm)))
+        result.append(plain_step(model, optimizer, batch, config, step))
     return result
 
 
