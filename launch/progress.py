@@ -45,8 +45,10 @@ class Progress:
             self._bar.close()
         print(
             f"{event.parameters:,} parameters on {event.workers} workers: dp={event.dp}, "
-            f"sp={event.sp}, {event.shard_tokens:,} tokens of every sequence per worker, "
-            f"{event.scan} scan{_resuming(event)}",
+            f"sp={event.sp}, {event.shard_tokens:,} tokens of every "
+            f"{'sequence' if event.segments == 1 else 'segment'} per worker"
+            f"{'' if event.segments == 1 else f', {event.segments:,} segments'}, "
+            f"about {event.expected_bytes / 2**30:.2f} GiB, {event.scan} scan{_resuming(event)}",
             flush=True,
         )
         for change in event.changed:

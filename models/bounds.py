@@ -11,7 +11,8 @@ Fault = tuple[str, str]  # a key; what is wrong with it and what to do
 def bounded(default: Any, **bounds: Any) -> Any:
     """A field held to `above`, `least`, `most`, `below` or `values`, where it is not None.
 
-    `kind` is its type where the annotation cannot say it; `path`: ~ in it is the home folder.
+    `kind` is its type where the annotation cannot say it, with a `word` that it may be besides;
+    `path`: ~ in it is the home folder.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=bounds)
@@ -49,6 +50,11 @@ def bound_faults(section: Any, prefix: str = "") -> Iterator[Fault]:
 
 
 def _out_of_bounds(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    if word := bounds.get("word"):
+        if value == word:
+            return None
+        if isinstance(value, str):
+            return f"{value!r} is neither a number nor {word}"
     above, least = bounds.get("above"), bounds.get("least")
     if above is not None and not value > above:
         return f"{value} is not above {above}" if above else f"{value} is not positive"

@@ -73,7 +73,7 @@ def value_faults(config: Config) -> Iterator[Fault]:
         yield from _sharding_faults(config)
         yield from _curriculum_faults(config)
         if config.evaluate.seq_len is not None:
-            yield from _of_evaluation(_length_faults(config.held_out), config)
+            yield from _of_evaluation(length_faults(config.held_out), config)
 
 
 def _curriculum_faults(config: Config) -> Iterator[Fault]:
@@ -89,25 +89,25 @@ def _curriculum_faults(config: Config) -> Iterator[Fault]:
                 f"sequences has as many tokens: use a length that does",
             )
             continue
-        for _, message in _length_faults(config.at(stage * train.curriculum_steps)):
+        for _, message in length_faults(config.at(stage * train.curriculum_steps)):
             yield "train.curriculum", message
 
 
-def _length_faults(config: Config) -> Iterator[Fault]:
+def length_faults(config: Config) -> Iterator[Fault]:
     """Where sequences do not fit the ranks that share one."""
     train, sp = config.train, config.parallel.sp
     model = None if config.model.faults() else config.model
-    if train.segment_len is not None and train.segment_len > train.seq_len:
+    segment_len = train.segment_tokens
+    if segment_len is not None and segment_len > train.seq_len:
         yield (
             "train.segment_len",
-            f"{train.segment_len} is above train.seq_len {train.seq_len}: lower it, or leave it "
-            f"null",
+            f"{segment_len} is above train.seq_len {train.seq_len}: lower it, or leave it null",
         )
-    elif train.segment_len and train.segment_len % sp:
-        nearest = train.segment_len // sp * sp or sp
+    elif segment_len and segment_len % sp:
+        nearest = segment_len // sp * sp or sp
         yield (
             "train.segment_len",
-            f"{train.segment_len} is not divisible by parallel.sp {sp}: use {nearest}",
+            f"{segment_len} is not divisible by parallel.sp {sp}: use {nearest}",
         )
     elif train.seq_len % sp:
         nearest = train.seq_len // sp * sp or sp
@@ -121,7 +121,7 @@ def _length_faults(config: Config) -> Iterator[Fault]:
         if shortest < least:
             yield (
                 "train.segment_len" if layout.segments > 1 else "train.seq_len",
-                f"{train.segment_len or train.seq_len} gives shards of {shortest} tokens, fewer "
+                f"{segment_len or train.seq_len} gives shards of {shortest} tokens, fewer "
                 f"than the {least} before it that a convolution or window sees: lengthen it or "
                 f"lower parallel.sp",
             )
@@ -130,7 +130,7 @@ def _length_faults(config: Config) -> Iterator[Fault]:
 def _sharding_faults(config: Config) -> Iterator[Fault]:
     train, sp, workers = config.train, config.parallel.sp, config.launch.workers
     model = None if config.model.faults() else config.model
-    yield from _length_faults(config)
+    yield from length_faults(config)
     if model:
         for name, message in model.sp_faults(sp):
             yield f"model.{name}", message

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.files import write_whole
-from models.bounds import Fault, not_negative, one_of, positive
+from models.bounds import Fault, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
 from trainer.layout import Layout, Plan
@@ -24,6 +24,7 @@ from trainer.settings import ConfigError, file_path, merge
 # fields of a model that its weights do not follow from
 NOT_OF_WEIGHTS = ("dropout", "memory_tokens", "window", "rope_base")
 LONG = 1e8  # seconds, three years
+AUTO = "auto"
 
 
 @dataclass
@@ -81,8 +82,9 @@ class TrainConfig:
     curriculum: list[int] = positive([])
     curriculum_steps: int = positive(100)
     # tokens of a sequence that go through the model at a time, over all shards; the gradient stays
-    # that of the whole (trainer/segments.py); null: all of them
-    segment_len: int | None = positive(None)
+    # that of the whole (trainer/segments.py); null: all of them; auto: all where they fit a
+    # worker's memory, else segments that do, and keep_segments with them (trainer/footprint.py)
+    segment_len: Any = bounded(None, above=0, kind=int | str | None, word=AUTO)
     # segments, from the last one, whose activations are kept, so that they are run once, not twice
     keep_segments: int = positive(1)
     # the folder of a run of the same model, whose newest weights this one begins with
@@ -95,6 +97,18 @@ class TrainConfig:
     recompute: bool = False  # a block's activations are computed again in its backward, not kept
     compile: bool = False  # fuse elementwise passes by torch.compile; costs 10 to 20 s at the start
     stop_after: int | None = positive(None)  # stop in good order after so many steps of this start
+
+    @property
+    def segment_tokens(self) -> int | None:
+        """`segment_len` where it is known; None: the whole, or not chosen yet."""
+        return self.segment_len if isinstance(self.segment_len, int) else None
+
+    def of_length(self, seq_len: int) -> "TrainConfig":
+        """The same with other sequences."""
+        segment_len = self.segment_len
+        if self.segment_tokens:
+            segment_len = min(self.segment_tokens, seq_len)
+        return replace(self, seq_len=seq_len, segment_len=segment_len)
 
 
 @dataclass
@@ -188,7 +202,8 @@ class Config:
 
     def layout(self, sp_rank: int = 0) -> Layout:
         """Which tokens of a sequence a rank of its SP group holds."""
-        return Layout(self.train.seq_len, self.parallel.sp, sp_rank, self.train.segment_len)
+        train = self.train
+        return Layout(train.seq_len, self.parallel.sp, sp_rank, train.segment_tokens)
 
     @property
     def plan(self) -> Plan:
@@ -205,13 +220,13 @@ class Config:
         train = self.train
         for length in train.curriculum[self.stage(step) :][:1]:
             more = train.seq_len // length
-            segment_len = train.segment_len and min(train.segment_len, length)
+            # as many at once as memory is there for: what a segment has
+            room = max(1, (train.segment_tokens or train.seq_len) // length)
+            at_once = max(n for n in range(1, min(more, room) + 1) if more % n == 0)
             shorter = replace(
-                train,
-                seq_len=length,
-                segment_len=segment_len,
+                train.of_length(length),
                 batch_size=train.batch_size * more,
-                micro_batch_size=train.micro_batch_size * more,
+                micro_batch_size=train.micro_batch_size * at_once,
             )
             return replace(self, train=shorter)
         return self
@@ -228,9 +243,7 @@ class Config:
         if evaluated.path is not None:
             cache = data.cache and f"{data.cache}/held_out"
             data = replace(data, path=evaluated.path, cache=cache)
-        seq_len = evaluated.seq_len or self.train.seq_len
-        segment_len = self.train.segment_len and min(self.train.segment_len, seq_len)
-        train = replace(self.train, seq_len=seq_len, segment_len=segment_len)
+        train = self.train.of_length(evaluated.seq_len or self.train.seq_len)
         return replace(self, data=data, train=train)
 
     @property

@@ -18,7 +18,9 @@ class Started:
     workers: int
     dp: int
     sp: int
-    shard_tokens: int
+    shard_tokens: int  # of the sequence, or of each of its segments
+    segments: int
+    expected_bytes: int  # of a worker's memory, in a step
     scan: str  # the backend
     changed: tuple[str, ...] = ()  # settings that are not those of the last start
     runs: int = 0  # of a segment, done for the next step by an earlier start

@@ -48,7 +48,10 @@ def value_of(node: yaml.Node, kind: Any, depth: int = 0) -> Any:
             return None
         scalars = [part for part in parts if get_origin(part) is None and part is not type(None)]
         nested = [part for part in parts if NODES.get(get_origin(part)) is type(node)]
-        return value_of(node, (nested or scalars)[0], depth)
+        kind = (nested or scalars)[0]
+        if not nested and len(scalars) > 1 and not _is_number(node):  # a word in its place
+            kind = scalars[1]
+        return value_of(node, kind, depth)
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, kind)
     if isinstance(node, yaml.SequenceNode) and origin is list:
@@ -108,6 +111,10 @@ def _check_size(node: yaml.Node) -> None:
             left += [(item, depth + 1) for item in here.value]
         elif isinstance(here, yaml.MappingNode):
             left += [(value, depth + 1) for _, value in here.value]
+
+
+def _is_number(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and bool(DECIMAL.fullmatch(node.value.lstrip("+-")))
 
 
 def _is_null(node: yaml.Node) -> bool:

@@ -1,13 +1,18 @@
-"""What a start finds in the run's folder: what was changed, and the checkpoint to go on from."""
+"""What a start finds: what was changed in the run's folder, the checkpoint, what scans run on."""
 
 import shutil
 import time
+import warnings
 from dataclasses import asdict
 
+import torch
+
+from models.scan import choose_backend
 from trainer import checkpoint
 from trainer.checkpoint import Saved
 from trainer.config import Config, dump_config, load_dumped
 from trainer.data import TokenStream
+from trainer.engine import Engine
 from trainer.goodput import Submission
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
@@ -116,6 +121,19 @@ def find_checkpoint(
     if saved:
         _check_resume(saved, config, data)
     return saved, mirror
+
+
+def scan_backends(engine: Engine, worker: Worker) -> str:
+    """What runs the model's scans; the reason of a slow one is told."""
+    dtype = torch.bfloat16 if worker.config.train.dtype == "bf16" else torch.float32
+    with warnings.catch_warnings(record=True) as caught:
+        backends = {
+            choose_backend("auto", recurrence, worker.device.type, dtype)
+            for recurrence in engine.recurrences()
+        }
+    for warning in caught:
+        worker.warn(str(warning.message))
+    return " and ".join(sorted(backends)) or "no"
 
 
 def _check_resume(saved: Saved, config: Config, data: TokenStream) -> None:

@@ -4,7 +4,6 @@ import os
 import socket
 import statistics
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from models.flops import parameters
-from models.scan import choose_backend
 from trainer import checkpoint
 from trainer.checkpoint import Saved
 from trainer.config import Config
@@ -32,6 +30,7 @@ from trainer.events import (
     Stopped,
     silent,
 )
+from trainer.footprint import settle
 from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, RunError, compare_replicas
 from trainer.memory import peak_memory_bytes
@@ -39,7 +38,7 @@ from trainer.metrics import RunRecord, finite
 from trainer.midstep import Midstep, resume, way
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, truncate_after
-from trainer.start import find_checkpoint, open_folder, redrawn
+from trainer.start import find_checkpoint, open_folder, redrawn, scan_backends
 from trainer.step import accumulate_gradients, build_engine, seed_dropout
 from trainer.worker import Worker, multiplies_in_bf16
 
@@ -96,6 +95,7 @@ class _Run:
     """One start of a run, on one worker: what it has, and what it does with it."""
 
     def __init__(self, worker: Worker, submission: Submission) -> None:
+        worker, self.expected_bytes = settle(worker)
         config = worker.config
         self.worker, self.config, self.topology = worker, config, worker.topology
         self.folder = RunFolder(config.run.dir)
@@ -151,7 +151,9 @@ class _Run:
                 dp=config.dp,
                 sp=config.parallel.sp,
                 shard_tokens=layout.shard_tokens,
-                scan=self._scan_backends(),
+                segments=layout.segments,
+                expected_bytes=self.expected_bytes,
+                scan=scan_backends(self.engine, self.worker),
                 changed=tuple(self.changed),
                 runs=self.midstep.runs if self.midstep else 0,
             )
@@ -160,18 +162,6 @@ class _Run:
             self.worker.warn("this processor has no bf16, which is slow: set train.dtype=fp32")
         if self.changed and (jump := redrawn(self.folder, config, self.step)):
             self.worker.warn(jump)
-
-    def _scan_backends(self) -> str:
-        """What runs the model's scans; the reason of a slow one is told."""
-        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
-        with warnings.catch_warnings(record=True) as caught:
-            backends = {
-                choose_backend("auto", recurrence, self.worker.device.type, dtype)
-                for recurrence in self.engine.recurrences()
-            }
-        for warning in caught:
-            self.worker.warn(str(warning.message))
-        return " and ".join(sorted(backends)) or "no"
 
     def take_step(self) -> Stop:
         """Read, learn, record; what whoever watches asks for. Stopped amid a streamed one."""

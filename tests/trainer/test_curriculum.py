@@ -86,13 +86,22 @@ def test_a_length_that_does_not_fit_is_told(config_file, options, told):
 
 
 def test_a_step_has_as_many_tokens_at_every_length(config_file):
-    config = load_config(config_file, [*CURRICULUM, "train.segment_len=64"])
+    config = load_config(config_file, CURRICULUM)
     stages = [config.at(step).train for step in range(5)]
     assert [stage.seq_len for stage in stages] == [48, 48, 96, 96, 192]
-    assert [stage.segment_len for stage in stages] == [48, 48, 64, 64, 64]
     assert {stage.seq_len * stage.batch_size for stage in stages} == {384}
     assert {config.at(step).accumulation for step in range(5)} == {2}
     assert config.at(4) == config
     twice = load_config(config_file, ["train.curriculum=[96,96]", "train.curriculum_steps=2"])
     assert [twice.stage(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [twice.tokens_before(step) for step in range(6)] == [0, 0, 768, 768, 1536, 1536]
+
+
+def test_as_many_sequences_go_at_once_as_a_segment_has_room_for(config_file):
+    """Streamed for want of memory, the short ones of its beginning take no more of it."""
+    options = ["train.curriculum=[16,48]", "train.curriculum_steps=1", "train.segment_len=64"]
+    config = load_config(config_file, options)
+    sizes = [config.at(step).train for step in range(3)]
+    assert [(size.seq_len, size.micro_batch_size) for size in sizes] == [(16, 4), (48, 1), (192, 1)]
+    assert [size.segment_len for size in sizes] == [16, 48, 64]
+    assert [config.at(step).accumulation for step in range(3)] == [6, 8, 2]
