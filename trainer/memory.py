@@ -22,6 +22,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def release_gaps() -> None:
+    """Give the kernel the pages that lie unused between what is in use.
+
+    Among large tensors that come and go, small ones that stay split what is free, and the heap
+    grows: by gigabytes in a step of a thousand segments. What is given back must be mapped again,
+    so call it now and then, where little is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory so far: of the GPU's allocator, or of this process where there is none."""
     if device.type == "cuda":

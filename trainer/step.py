@@ -18,6 +18,7 @@ from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.events import Stop, Stopped
 from trainer.loss import summed_loss
+from trainer.memory import release_gaps
 from trainer.midstep import Midstep
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
@@ -29,6 +30,7 @@ from trainer.worker import Worker
 # them, its hooks gather outside the graph). The compiler may order collectives that do not depend
 # on each other differently on each rank, and they would wait for each other for ever.
 COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
+TRIM_RUNS = 64  # of a segment, between two times that gaps in the heap are given back
 
 
 def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
@@ -95,6 +97,8 @@ class _Work:
         if worker.config.plan.segments == 1:  # read, and found good, with the step's others
             return next(self.segments)
         now.tell()
+        if now.runs % TRIM_RUNS == TRIM_RUNS - 1:
+            release_gaps()
         batch, (stop, due) = worker.read_together(
             lambda: next(self.segments), now.asked == Stop.NOW, now.due()
         )
