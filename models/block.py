@@ -27,9 +27,11 @@ class Block(nn.Module):
         *,
         reset: Tensor | None = None,
         last: bool = False,
+        carry_alone: bool = False,
     ) -> tuple[Tensor, Carry]:
+        """With `carry_alone` what follows the mixer is left out, and the first result is none."""
         y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset, last=last)
         x = x + self.dropout(y)
-        if self.mlp is not None:
+        if self.mlp is not None and not carry_alone:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, carry

@@ -48,7 +48,7 @@ class DecisionModel(Stack):
         carry: list[Carry] | None = None,
         *,
         reset: Tensor | None = None,
-        readout: Readout = actions,
+        readout: Readout | None = actions,
         last: bool = False,
     ) -> tuple[Any, list[Carry]]:
         """frames [B, T, A + 1 + S] -> (what `readout` returns, the carry of the next segment).
@@ -58,5 +58,5 @@ class DecisionModel(Stack):
         """
         if reset is not None:
             reset = F.pad(reset.unsqueeze(-1), (0, TOKENS_OF_FRAME - 1)).flatten(1)
-        x, carries = self.through(self.embed(frames), carry, reset, last)
-        return self.head(x[:, TOKENS_OF_FRAME - 1 :: TOKENS_OF_FRAME], readout), carries
+        x, carries = self.through(self.embed(frames), carry, reset, last, readout is not None)
+        return self.answer(x[:, TOKENS_OF_FRAME - 1 :: TOKENS_OF_FRAME], readout), carries

@@ -30,12 +30,13 @@ class LanguageModel(Stack):
         carry: list[Carry] | None = None,
         *,
         reset: Tensor | None = None,
-        readout: Readout = F.linear,
+        readout: Readout | None = F.linear,
         last: bool = False,
     ) -> tuple[Any, list[Carry]]:
         """tokens [B, T] int64 -> (what `readout` returns, the carry of the next segment).
 
-        The default readout gives logits [B, T, V]. Carry, reset and last as in `Stack.through`.
+        The default readout gives logits [B, T, V]; with None the carry alone is wanted. Carry,
+        reset and last as in `Stack.through`.
         """
-        x, carries = self.through(self.embed(tokens), carry, reset, last)
-        return self.head(x, readout), carries
+        x, carries = self.through(self.embed(tokens), carry, reset, last, readout is not None)
+        return self.answer(x, readout), carries

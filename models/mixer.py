@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cache import Cache
 from models.config import ModelConfig
 from models.mixers import MIXERS
 from models.relay import Cell, State, relay
 from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
-from models.softmax_attention import QKV, Cache, attend
+from models.softmax_attention import QKV, attend
 
 Carry = tuple[Tensor, ...]
 
@@ -51,11 +52,11 @@ class SequenceOps(Protocol):
         reset: Tensor | None,
         rope_base: float,
         last: bool,
-    ) -> tuple[Tensor, Carry]:
+    ) -> tuple[Tensor, Cache | None]:
         """Causal softmax attention [B, T, heads, d] over the cache and the segment so far.
 
         Queries, keys and values come without positions, which are known here alone. With `last`
-        nothing is cached and the carry is empty.
+        nothing is cached. Over ranks each one's cache has the heads that it attends with.
         """
 
 
@@ -86,7 +87,7 @@ class LocalOps:
         reset: Tensor | None,
         rope_base: float,
         last: bool,
-    ) -> tuple[Tensor, Carry]:
+    ) -> tuple[Tensor, Cache | None]:
         return attend(qkv, cache, reset, rope_base, last)
 
 

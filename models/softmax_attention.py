@@ -1,4 +1,4 @@
-"""Softmax attention on one device: rotary positions, a cache of keys and values, a sliding window.
+"""Softmax attention on one device: rotary positions, what is cached before, a sliding window.
 
 Layout is [B, T, heads, d] throughout. Fewer key-value heads than query heads are shared among them
 in order (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). The products run in
@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention_pieces import attend_pieces
+from models.cache import DECODED_KEYS, Cache, longer, with_token
 from models.reset import check_reset
-
-# Queries at a time where a mask is needed over a cache: bounds the mask to this many rows.
-_MASKED_ROWS = 512
-# Keys of a cache that a decoded token's products take at a time.
-_DECODED_KEYS = 256
 
 
 class QKV(NamedTuple):
@@ -27,29 +24,6 @@ class QKV(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-class Cache(NamedTuple):
-    """What full attention keeps of the tokens before a segment. A carry whose size grows.
-
-    Without gradients the buffers have room to spare, and tokens are appended in place as long as
-    no other continuation of the same text has done so (`filled` is shared by all of them).
-    """
-
-    keys: Tensor  # [B, kv heads, capacity, d], rotated; the first `length` are there
-    values: Tensor
-    # [B, length] bool, false before a document's start, where both are zeros; [B, 0]: all of it
-    visible: Tensor
-    length: Tensor  # int64 scalar on the CPU
-    filled: Tensor  # how much of the buffers any continuation has written
-
-
-def empty_cache(batch_size: int, kv_heads: int, head_width: int, device: torch.device) -> Cache:
-    """The cache of an empty history."""
-    nothing = torch.zeros(batch_size, kv_heads, 0, head_width, device=device)
-    visible = torch.ones(batch_size, 0, dtype=torch.bool, device=device)
-    zero = torch.zeros((), dtype=torch.int64)
-    return Cache(nothing, nothing, visible, zero, zero.clone())
 
 
 def rotate(x: Tensor, first: int, base: float) -> Tensor:
@@ -81,64 +55,20 @@ def attend(
     reset: Tensor | None,
     rope_base: float,
     last: bool = False,
-) -> tuple[Tensor, Cache | tuple[()]]:
+) -> tuple[Tensor, Cache | None]:
     """Causal attention of a segment to itself and to what is cached before it.
 
     reset [B, T] marks documents, between which nothing is seen. Returns [B, T, heads, d] and the
-    cache with this segment in it; with `last` no cache is made of a segment that has nothing before
-    it.
+    cache with this segment in it; with `last` none.
     """
     check_reset(reset, qkv.q)
     past, v = int(cache.length), qkv.v
     q, k = rotate(qkv.q, past, rope_base), rotate(qkv.k, past, rope_base)
-    if not past:
-        y = _attend_documents(q, k, v, reset)
-        return y, () if last else _forgetful(_append(cache, k, v, reset), reset)
-    longer = _append(cache, k, v, reset)
-    if q.shape[1] == 1 and reset is None:
-        return _attend_one(q, longer, cache.visible), () if last else longer
-    whole = past + q.shape[1]
-    keys, values = (x[:, :, :whole].transpose(1, 2) for x in (longer.keys, longer.values))
-    y = _attend_after(past, q, keys, values, cache.visible, reset)
-    return y, () if last else _forgetful(longer, reset)
-
-
-def _append(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
-    past, total = int(cache.length), int(cache.length) + k.shape[1]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    recorded = torch.is_grad_enabled()
-    keys, values, filled = cache.keys, cache.values, cache.filled
-    usable = torch.is_inference_mode_enabled() or not keys.is_inference()  # to write into
-    if not recorded and usable and past and int(filled) == past and total <= keys.shape[2]:
-        keys[:, :, past:total], values[:, :, past:total] = k, v
-    else:
-        # zeros: a decoded token's products pass over some of the room
-        room = 0 if recorded or not past else total // 4 + _DECODED_KEYS
-        spare = k.new_zeros(*k.shape[:2], room, k.shape[3])
-        keys = torch.cat([keys[:, :, :past].to(k.dtype), k, spare], dim=2)
-        values = torch.cat([values[:, :, :past].to(v.dtype), v, spare], dim=2)
-        filled = torch.zeros_like(filled)
-    filled.fill_(total)
-    visible = cache.visible
-    if reset is not None or visible.shape[1]:
-        seen = visible if visible.shape[1] else visible.new_ones(k.shape[0], past)
-        visible = torch.cat([seen, seen.new_ones(k.shape[0], k.shape[2])], dim=1)
-        if reset is not None:
-            later = reset.flip(1).cumsum(1).flip(1)  # starts from here on
-            hidden = F.pad(later[:, 1:], (0, 1)) > 0
-            before = (later[:, :1] > 0).expand(-1, past)
-            visible = visible & ~torch.cat([before, hidden], dim=1)
-    return Cache(keys, values, visible, torch.full_like(cache.length, total), filled)
-
-
-def _forgetful(cache: Cache, reset: Tensor | None) -> Cache:
-    """Zeros where a reset hides what was there: a weight of zero lets infinity through."""
-    if reset is None or not bool(reset.any()):
-        return cache
-    room = cache.keys.shape[2] - cache.visible.shape[1]
-    gone = F.pad(~cache.visible, (0, room))[:, None, :, None]
-    keys, values = (x.masked_fill(gone, 0.0) for x in (cache.keys, cache.values))
-    return cache._replace(keys=keys, values=values, filled=cache.filled.clone())
+    if past and q.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
+        cache = with_token(cache, k, v)
+        return _attend_one(q, cache), None if last else cache
+    y = _attend_after(q, k, v, cache, reset) if past else _attend_documents(q, k, v, reset)
+    return y, None if last else longer(cache, k, v, reset)
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> Tensor:
@@ -156,65 +86,64 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> 
     return torch.cat(rows)
 
 
-def _attend_one(q: Tensor, cache: Cache, visible: Tensor) -> Tensor:
-    """One query [B, 1, heads, d] against the cache that it is the last of; as `_attend_after`.
+def _attend_one(q: Tensor, cache: Cache) -> Tensor:
+    """One query [B, 1, heads, d] against the cache, a single piece, that it is the last of.
 
     Plain products that read every key once: torch's kernel takes 4 to 9 times as long for one query
     in bf16 on a CPU. Keys are taken in multiples of 256, because a product of a size that was not
     seen before is prepared anew there, for longer than it takes.
     """
-    total, capacity = int(cache.length), cache.keys.shape[2]
-    span = min(capacity, -(-total // _DECODED_KEYS) * _DECODED_KEYS)
-    keys, values = cache.keys[:, :, :span], cache.values[:, :, :span]
+    keys, values = cache.pieces
+    total, capacity = int(cache.length), keys.shape[2]
+    span = min(capacity, -(-total // DECODED_KEYS) * DECODED_KEYS)
+    keys, values = keys[:, :, :span], values[:, :, :span]
     grouped = q[:, 0].unflatten(1, (keys.shape[1], -1))  # [B, kv heads, queries of each, d]
     scores = keys @ (grouped * q.shape[-1] ** -0.5).transpose(2, 3)
     scores = scores.transpose(2, 3).contiguous()  # [B, kv heads, queries of each, span]
-    hidden = torch.arange(span, device=q.device) >= total
-    if visible.shape[1]:
-        hidden = hidden | F.pad(~visible, (0, span - visible.shape[1]))[:, None, None]
+    place = torch.arange(span, device=q.device)
+    hidden = place >= total
+    if not cache.all_seen:
+        first = (total - cache.seen).to(q.device)
+        hidden = hidden | (place < first[:, None])[:, None, None]
     scores = scores.masked_fill(hidden, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return (weights.to(q.dtype) @ values).flatten(1, 2).unsqueeze(1)
 
 
-def _attend_after(
-    past: int, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, reset: Tensor | None
-) -> Tensor:
-    """q [B, T, ...] against keys [B, past + T, ...], of which `visible` tells the first.
+def _attend_after(q: Tensor, k: Tensor, v: Tensor, cache: Cache, reset: Tensor | None) -> Tensor:
+    """A segment's q, k, v [B, T, ...] behind what is cached.
 
-    What is visible of them ends where the segment begins, so every document is a call of its own.
+    What is visible of that ends where the segment begins, so every document is a call of its own.
     """
-    if reset is None and not visible.shape[1]:
-        return _attend_lower_right(q, keys, values)
+    if reset is None and cache.all_seen:
+        return attend_pieces(q, k, v, cache.keys, cache.values)
     rows = []
-    for row in range(q.shape[0]):
+    for row, seen in enumerate(cache.seen.tolist()):
         here = slice(row, row + 1)
         starts = [] if reset is None else reset[row].nonzero().flatten().tolist()
         ends = starts[0] if starts else q.shape[1]
-        seen = int(visible[row, :past].sum()) if visible.shape[1] else past
         parts = []
         if ends:  # the document that goes on from before
-            own = slice(past - seen, past + ends)
-            parts.append(_attend_lower_right(q[here, :ends], keys[here, own], values[here, own]))
+            keys, values = (
+                _last([x[here] for x in each], seen) for each in (cache.keys, cache.values)
+            )
+            own = q[here, :ends], k[here, :ends], v[here, :ends]
+            parts.append(attend_pieces(*own, keys, values))
         if starts:
-            later = (q[here, ends:], keys[here, past + ends :], values[here, past + ends :])
+            later = q[here, ends:], k[here, ends:], v[here, ends:]
             parts.append(_attend_documents(*later, None if reset is None else reset[here, ends:]))
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows)
 
 
-def _attend_lower_right(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last queries of a sequence against all of its keys, causally."""
-    from torch.nn.attention.bias import causal_lower_right  # imports the compiler, 1.2 s
-
-    past = keys.shape[1] - q.shape[1]
-    pieces = []
-    for begin in range(0, q.shape[1], _MASKED_ROWS):
-        rows = slice(begin, min(q.shape[1], begin + _MASKED_ROWS))
-        seen = past + rows.stop
-        mask: Any = causal_lower_right(rows.stop - begin, seen)
-        pieces.append(_attention(q[:, rows], keys[:, :seen], values[:, :seen], attn_mask=mask))
-    return torch.cat(pieces, dim=1)
+def _last(pieces: list[Tensor], tokens: int) -> list[Tensor]:
+    """The last so many tokens of pieces [B, kv heads, n, d]."""
+    kept: list[Tensor] = []
+    for piece in reversed(pieces):
+        if tokens > 0:
+            kept.append(piece[:, :, max(0, piece.shape[2] - tokens) :])
+        tokens -= piece.shape[2]
+    return kept[::-1]
 
 
 def attend_window(

@@ -52,22 +52,35 @@ class Stack(nn.Module):
         self.call_block: Callable[..., tuple[Tensor, Carry]] = _call_block
 
     def through(
-        self, x: Tensor, carry: list[Carry] | None, reset: Tensor | None, last: bool
+        self,
+        x: Tensor,
+        carry: list[Carry] | None,
+        reset: Tensor | None,
+        last: bool,
+        read: bool = True,
     ) -> tuple[Tensor, list[Carry]]:
         """Embedded tokens [B, T, D] -> what the head reads [B, T, D], and the next carry.
 
         carry is one per layer, None for an empty history; reset [B, T] bool or uint8 marks
         documents that start afresh. With `last` no segment follows: no carry is returned, so that
-        none is kept alive.
+        none is kept alive. Where nobody is to `read` it, x is no result: the last layer went as
+        far as its carry.
         """
         x = self.dropout(x)
         carries = []
         for layer, block in enumerate(self.blocks):
             entering = None if carry is None else carry[layer]
-            x, leaving = self.call_block(block, x, entering, reset=reset, last=last)
+            carry_alone = not read and layer == len(self.blocks) - 1
+            x, leaving = self.call_block(
+                block, x, entering, reset=reset, last=last, carry_alone=carry_alone
+            )
             if not last:
                 carries.append(leaving)
-        return self.norm(x), carries
+        return self.norm(x) if read else x, carries
+
+    def answer(self, x: Tensor, readout: Readout | None) -> Any:
+        """What `readout` makes of it, if there is one."""
+        return None if readout is None else self.head(x, readout)
 
     def init_carry(self, batch_size: int, device: torch.device) -> list[Carry]:
         """The carry of an empty history, one per layer."""

@@ -26,7 +26,7 @@ FASTEST = 32_768  # tokens of a worker's segment beyond which none was faster (b
 LEAST = 256  # below which the calls cost more than what they compute
 PLANNED = 0.6  # of a worker's memory: allocators leave gaps, and others live there too
 PROCESS = 700 << 20  # of Python, torch and DeepSpeed, before a model
-CACHE_COPIES = 8  # of full attention's keys and values, while they are streamed
+CACHE_COPIES = 4  # of full attention's keys and values, while they are streamed
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -46,7 +46,8 @@ class Footprint:
         train, plan = config.train, config.plan
         passed = 0.0
         if plan.segments > 1:
-            passed = self.carry * plan.segments + CACHE_COPIES * self.past * train.seq_len
+            cached = self.past * train.seq_len / config.parallel.sp  # each rank has its heads
+            passed = self.carry * plan.segments + CACHE_COPIES * cached
         kept = self._tokens(config) * (self.token * plan.keep + self.block)
         passed *= train.micro_batch_size
         return round(PROCESS + self.weights + kept + passed + self.logits)

@@ -69,7 +69,10 @@ class Midstep:
         self.here = Position()
 
     def files(self, engine: Engine) -> Files:
-        """What this rank adds to a checkpoint. Carries are not copied: what they show stays."""
+        """What this rank adds to a checkpoint. Carries are not copied: what they show stays.
+
+        The flow is, for more is added to the gradient of what passes through.
+        """
         here = self.here
         state = {
             "micro_batch": self.micro_batch,
@@ -77,7 +80,7 @@ class Midstep:
             "seconds": self.seconds,
             "reads": here.reads,
             "entering": [each and [tuple(carry) for carry in each] for each in here.entering],
-            "flow": here.flow,
+            "flow": here.flow and [[x if x is None else x.clone() for x in f] for f in here.flow],
             "losses": list(here.losses),
             "gradients": engine.accumulated(),
         }

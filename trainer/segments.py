@@ -97,6 +97,7 @@ def _back(
     done: bool,
 ) -> None:
     """The backward of a segment; what it sends to the one before is the position's flow."""
+    _pass_on(leaving, here.flow, leaves)
     work.backward(loss + _met(leaving, here.flow), done)
     here.losses.append(loss.detach())
     here.flow = None if leaves is None else [[_gradient(x) for x in carry] for carry in leaves]
@@ -118,7 +119,7 @@ def _apart(carry: list[Carry]) -> list[Carry]:
 
 
 def _own(x: Tensor) -> Tensor:
-    # a cache, which is a whole buffer that others share, stays as it is
+    # what passes through, as the pieces of a cache do, is shared by all
     return x.clone() if x.untyped_storage().nbytes() > 2 * x.nbytes else x
 
 
@@ -135,6 +136,22 @@ def _gradient(x: Tensor) -> Tensor | None:
     return x.grad
 
 
+def _pass_on(
+    leaving: list[Carry], flow: list[list[Tensor | None]] | None, leaves: list[Carry] | None
+) -> None:
+    """What passes through a segment as it is has its gradient already; more is added to it there.
+
+    It leaves the flow, which meets the rest.
+    """
+    if flow is None or leaves is None:
+        return
+    for layer, grads, entered in zip(leaving, flow, leaves, strict=True):
+        same = {id(x): x for x in entered}
+        for index, x in enumerate(layer):
+            if id(x) in same and grads[index] is not None:
+                same[id(x)].grad, grads[index] = grads[index], None
+
+
 def _met(leaving: list[Carry], flow: list[list[Tensor | None]] | None) -> Any:
     """<carry, gradient of the carry>: what passes that gradient on, when it is back-propagated."""
     if flow is None:
@@ -143,8 +160,6 @@ def _met(leaving: list[Carry], flow: list[list[Tensor | None]] | None) -> Any:
     for layer, grads in zip(leaving, flow, strict=True):
         for x, grad in zip(layer, grads, strict=True):
             if grad is not None and x.requires_grad:
-                # a cache has room at its end
-                there = grad[tuple(slice(size) for size in x.shape)]
                 wide = torch.promote_types(x.dtype, torch.float32)
-                met.append((x.to(wide) * there.to(wide)).sum())
+                met.append((x.to(wide) * grad.to(wide)).sum())
     return sum(met)

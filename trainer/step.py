@@ -118,7 +118,7 @@ class _Work:
         if segments > 1:
             seed_dropout(worker, self.now.step, self.now.micro_batch, segment)
             worker.pulse.now(f"computing segment {segment + 1} of {segments}")
-        readout: Readout = _nothing
+        readout: Readout | None = None  # on the way there the carry alone is wanted
         if answer:
             labels = batch.labels.to(device)
             readout = partial(summed_loss(batch), labels=labels, tile=train.loss_tile_tokens)
@@ -127,14 +127,11 @@ class _Work:
         loss, carry = self.engine(
             batch.inputs.to(device), carry, reset=reset, readout=readout, last=last
         )
+        if not answer:
+            return torch.zeros(()), carry
         counted = batch.scored_tokens or train.seq_len  # of a sequence, in all shards
         return loss / (counted * train.micro_batch_size * config.accumulation), carry
 
     def backward(self, loss: Tensor, done: bool) -> None:
         last = self.now.micro_batch == self.now.worker.config.accumulation - 1
         self.engine.backward(loss, last=done and last)
-
-
-def _nothing(hidden: Tensor, weight: Tensor) -> Tensor:
-    """No loss: on the way there only the carry is wanted."""
-    return hidden.new_zeros(())

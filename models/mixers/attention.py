@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
+from models.cache import Cache
 from models.mixer import Carry
 from models.mixers.softmax import SoftmaxMixer
-from models.softmax_attention import Cache, empty_cache
 
 
 class AttentionMixer(SoftmaxMixer):
     """Every token sees all tokens before it; the carry holds their keys and values."""
 
     def init_carry(self, batch_size: int, device: torch.device) -> Carry:
-        cache = empty_cache(batch_size, self.kv_heads, self.head_width, device)
-        return *cache, *self.init_tail(batch_size, device)
+        return *self.init_tail(batch_size, device), *Cache.empty(batch_size).flat
 
     def forward(
         self,
@@ -24,7 +23,8 @@ class AttentionMixer(SoftmaxMixer):
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
         carry = self.init_carry(x.shape[0], x.device) if carry is None else carry
-        cache, tail = carry[: len(Cache._fields)], carry[len(Cache._fields) :]
-        u, tail = self.convolve(x, tail, reset, last)
-        y, cache = self.ops.attend(self.project(u), Cache(*cache), reset, self.rope_base, last)
-        return self.out(y.flatten(2)), () if last else (*cache, *tail)
+        tails = 0 if self.conv is None else 1
+        u, tail = self.convolve(x, carry[:tails], reset, last)
+        cache = Cache.of(carry[tails:])
+        y, leaving = self.ops.attend(self.project(u), cache, reset, self.rope_base, last)
+        return self.out(y.flatten(2)), () if leaving is None else (*tail, *leaving.flat)

@@ -63,6 +63,25 @@ def test_streamed_in_pieces_equals_whole(mixer, changes):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
 
 
+@pytest.mark.parametrize("mixer", [*MIXERS, *HYBRIDS], ids=str)
+def test_a_carry_alone_is_that_beside_an_answer(mixer):
+    """To the bit, over two segments; what only the answer needs does not run."""
+    model, ran = LanguageModel(small(mixer)), []
+    model.head.register_forward_hook(lambda *_: ran.append("head"))
+    if model.blocks[-1].mlp is not None:
+        model.blocks[-1].mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+    tokens = torch.randint(model.config.vocab_size, (2, 30))
+    carry = expected = None
+    for part in tokens.split(17, dim=1):
+        ran.clear()
+        nothing, carry = model(part, carry, readout=None)
+        assert nothing is None
+        assert not ran
+        _, expected = model(part, expected)
+    for layer, want in zip(carry, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(layer, want, strict=True))
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_no_token_sees_the_future(mixer):
     """A non-causal convolution once gave a reimplementation a loss of 0.003."""

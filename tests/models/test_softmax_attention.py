@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.softmax_attention import QKV, attend, attend_window, empty_cache, rotate
+from models.cache import Cache
+from models.softmax_attention import QKV, attend, attend_window, rotate
 from tests.models.scan.cases import make_reset
 
 BATCH, HEADS, KV_HEADS, WIDTH, BASE = 2, 4, 2, 6, 100.0
@@ -58,12 +59,54 @@ def test_a_token_sees_itself_and_the_window_before_it_and_no_other(steps, window
 
 
 @pytest.mark.parametrize("where", ["none", "random"])
-@pytest.mark.parametrize("steps", [1, 33, 70])
-def test_a_token_sees_all_of_its_document_before_it(steps, where):
-    q, k, v = leaves = _leaves(steps, steps)
-    reset = make_reset(BATCH, steps, where)
-    document = _documents(reset, steps)
+@pytest.mark.parametrize("cuts", [[1], [33], [70], [1, 30, 2], [9, 1, 1, 40], [33] * 3], ids=str)
+def test_a_token_sees_all_of_its_document_before_it(cuts, where):
+    """However it is cut into segments, with gradients to what was cached in each."""
+    q, k, v = leaves = _leaves(sum(cuts), sum(cuts))
+    reset = make_reset(BATCH, sum(cuts), where)
+    document = _documents(reset, sum(cuts))
     seen = (document[:, :, None] == document[:, None]).tril()
-    cache = empty_cache(BATCH, KV_HEADS, WIDTH, torch.device("cpu"))
-    got, _ = attend(QKV(q, k, v), cache, reset, BASE)
-    _check(got, _dense(q, k, v, seen), leaves)
+    cache, parts, begin = Cache.empty(BATCH), [], 0
+    for steps in cuts:
+        part = slice(begin, begin + steps)
+        cut = None if reset is None else reset[:, part]
+        y, cache = attend(QKV(q[:, part], k[:, part], v[:, part]), cache, cut, BASE)
+        parts.append(y)
+        begin += steps
+    _check(torch.cat(parts, dim=1), _dense(q, k, v, seen), leaves)
+    assert len(cache.pieces) == 2 * len(cuts)
+
+
+@pytest.mark.parametrize("where", ["none", "random"])
+@torch.no_grad()
+def test_decoded_tokens_see_what_was_read_in_segments(where):
+    """One by one behind segments, between them, and beside another continuation of the same."""
+    cuts = [20, 13, *[1] * 5, 12, *[1] * 4]
+    q, k, v = (x.detach() for x in _leaves(sum(cuts), sum(cuts)))
+    reset = make_reset(BATCH, 33, where)
+    document = _documents(reset, 33) if reset is not None else torch.zeros(BATCH, 33).long()
+    document = torch.cat([document, document[:, -1:].expand(-1, sum(cuts) - 33)], dim=1)
+    seen = (document[:, :, None] == document[:, None]).tril()
+    cache, parts, begin = Cache.empty(BATCH), [], 0
+    for steps in cuts:
+        part = slice(begin, begin + steps)
+        cut = None if reset is None or begin >= 33 else reset[:, part]
+        segment = QKV(q[:, part], k[:, part], v[:, part])
+        if begin >= 33:
+            attend(QKV(segment.q, -segment.k, -segment.v), cache, cut, BASE)  # writes first
+        y, cache = attend(segment, cache, cut, BASE)
+        parts.append(y)
+        begin += steps
+    torch.testing.assert_close(torch.cat(parts, dim=1), _dense(q, k, v, seen))
+
+
+@torch.no_grad()
+def test_infinity_in_an_earlier_document_is_not_seen():
+    q, k, v = (x.detach() for x in _leaves(12, 12))
+    v[:, 2] = float("inf")
+    reset = torch.zeros(BATCH, 10, dtype=torch.uint8)
+    reset[:, 6] = 1
+    _, cache = attend(QKV(q[:, :10], k[:, :10], v[:, :10]), Cache.empty(BATCH), reset, BASE)
+    for at in (10, 11):
+        y, cache = attend(QKV(*(x[:, at : at + 1] for x in (q, k, v))), cache, None, BASE)
+        assert y.isfinite().all()

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from models.mixer import Carry, SequenceMixer, visible_tail
+from models.cache import Cache
+from models.mixer import SequenceMixer, visible_tail
 from models.relay import Cell, State
 from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
-from models.softmax_attention import QKV, Cache
+from models.softmax_attention import QKV
 from trainer.parallel.carry import CarryExchange
 from trainer.parallel.halo import exchange_halo
 from trainer.parallel.relay import RelayExchange
@@ -53,7 +54,7 @@ class ShardedOps:
         reset: Tensor | None,
         rope_base: float,
         last: bool,
-    ) -> tuple[Tensor, Carry]:
+    ) -> tuple[Tensor, Cache | None]:
         return ulysses_attend(qkv, cache, reset, rope_base, last, self.group)
 
 
