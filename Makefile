@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon needle test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -78,6 +78,10 @@ recall-data: setup
 # One step at 100 million tokens, killed once and resumed within, beside an undisturbed one.
 marathon: setup
 	$(RUN) -m tests.benchmarks.marathon
+
+# A needle a million tokens back, learned over growing lengths, streamed and truncated: two hours.
+needle: setup
+	$(RUN) -m tests.benchmarks.long_needle
 
 # Workers, machines and Ray itself lost at random moments: about half an hour.
 test-faults: setup

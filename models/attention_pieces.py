@@ -1,4 +1,4 @@
-"""Causal attention of a segment behind pieces of keys and values, none of which is copied.
+"""Causal attention of a segment behind pieces of keys and values, which a CPU does not copy.
 
 Each piece is attended to by itself, and the parts are put together by their log-sum-exps; with
 those of the whole, each part's backward is that of the whole. Source: blockwise attention as in
@@ -14,6 +14,7 @@ from torch import Tensor
 from models.once import once
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_MASKED_ROWS = 512  # queries at a time where a kernel may want a mask: bounds it to so many rows
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -44,10 +45,15 @@ def _joined(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     from torch.nn.attention.bias import causal_lower_right  # imports the compiler, 1.2 s
 
     k, v = (torch.cat([x.to(q.dtype) for x in each], dim=2) for each in (keys, values))
-    mask: Any = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    past, parts = k.shape[2] - q.shape[2], []
+    for begin in range(0, q.shape[2], _MASKED_ROWS):
+        rows = slice(begin, min(q.shape[2], begin + _MASKED_ROWS))
+        seen = past + rows.stop
+        mask: Any = causal_lower_right(rows.stop - begin, seen)
+        its = (q[:, :, rows], k[:, :, :seen], v[:, :, :seen])
+        grouped = q.shape[1] != k.shape[1]
+        parts.append(F.scaled_dot_product_attention(*its, attn_mask=mask, enable_gqa=grouped))
+    return torch.cat(parts, dim=2)
 
 
 class _Pieces(torch.autograd.Function):

@@ -29,7 +29,7 @@ class Block(nn.Module):
         last: bool = False,
         carry_alone: bool = False,
     ) -> tuple[Tensor, Carry]:
-        """With `carry_alone` what follows the mixer is left out, and the first result is none."""
+        """With `carry_alone` what follows the mixer is left out, and x is no result."""
         y, carry = self.mixer(self.mixer_norm(x), carry, reset=reset, last=last)
         x = x + self.dropout(y)
         if self.mlp is not None and not carry_alone:

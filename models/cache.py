@@ -1,7 +1,8 @@
 """What full attention keeps of the tokens before a segment: a carry that grows.
 
-In pieces, one a segment, so that no segment copies what was there, and the gradient of each piece
-is added up where it lies. Tokens that are decoded one by one go into a single piece with room.
+In pieces, one a segment: on a CPU no segment copies what was there, and the gradient of each piece
+is added up where it lies. In inference mode a few tokens at a time, as decoding has them, go into a
+single piece with room.
 """
 
 from typing import NamedTuple
@@ -43,15 +44,27 @@ class Cache(NamedTuple):
     @property
     def keys(self) -> list[Tensor]:
         """[B, kv heads, n, d] of each piece, without room."""
-        return [x[:, :, : int(self.length)] for x in self.pieces[::2]]
+        return [self._without_room(x) for x in self.pieces[::2]]
 
     @property
     def values(self) -> list[Tensor]:
-        return [x[:, :, : int(self.length)] for x in self.pieces[1::2]]
+        return [self._without_room(x) for x in self.pieces[1::2]]
+
+    def _without_room(self, x: Tensor) -> Tensor:
+        length = int(self.length)
+        return x[:, :, :length] if x.shape[2] > length else x
 
     @property
     def all_seen(self) -> bool:
         return bool((self.seen == self.length).all())
+
+
+def for_gradients(cache: Cache) -> Cache:
+    """The same, of whose pieces none is written to by a continuation, or made for inference."""
+    if not any(x.is_inference() or x.shape[2] > int(cache.length) for x in cache.pieces):
+        return cache
+    pairs = zip(cache.keys, cache.values, strict=True)
+    return cache._replace(pieces=tuple(x.clone() for pair in pairs for x in pair))
 
 
 def longer(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
@@ -63,19 +76,18 @@ def longer(cache: Cache, k: Tensor, v: Tensor, reset: Tensor | None) -> Cache:
         starts = reset.cpu() != 0
         since = starts.flip(1).int().argmax(1) + 1
         seen = torch.where(starts.any(1), since, seen)
-    kept = cache.pieces
-    if kept and kept[0].shape[2] > int(cache.length):  # its room is no other piece's
-        kept = cache.keys[0], cache.values[0]
+    kept = (x for pair in zip(cache.keys, cache.values, strict=True) for x in pair)
     return Cache(seen, cache.length + steps, torch.zeros_like(cache.filled), (*kept, *own))
 
 
-def with_token(cache: Cache, k: Tensor, v: Tensor) -> Cache:
-    """With k and v [B, 1, kv heads, d] in a single piece, written in place where there is room."""
-    past, total = int(cache.length), int(cache.length) + 1
+def with_tokens(cache: Cache, k: Tensor, v: Tensor) -> Cache:
+    """With a few k and v [B, T, kv heads, d] in a single piece, in place where there is room."""
+    past, steps = int(cache.length), k.shape[1]
+    total = past + steps
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     filled = cache.filled
-    if _has_room(cache):
-        keys, values = cache.pieces
+    if len(cache.pieces) == 2 and int(filled) == past and total <= cache.pieces[0].shape[2]:
+        keys, values = cache.pieces  # behind which nobody else has written
         keys[:, :, past:total], values[:, :, past:total] = k, v
     else:
         # zeros: a product passes over some of the room, and over what is hidden; a weight of zero
@@ -91,13 +103,4 @@ def with_token(cache: Cache, k: Tensor, v: Tensor) -> Cache:
             keys, values = (x.masked_fill(~there.to(x.device), 0.0) for x in (keys, values))
         filled = torch.zeros_like(filled)
     filled.fill_(total)
-    return Cache(cache.seen + 1, cache.length + 1, filled, (keys, values))
-
-
-def _has_room(cache: Cache) -> bool:
-    """Whether a token may be written behind the others: nobody has, and no gradient is asked."""
-    if len(cache.pieces) != 2 or torch.is_grad_enabled():
-        return False
-    (keys, _), past = cache.pieces, int(cache.length)
-    usable = torch.is_inference_mode_enabled() or not keys.is_inference()  # to write into
-    return usable and int(cache.filled) == past and past < keys.shape[2]
+    return Cache(cache.seen + steps, cache.length + steps, filled, (keys, values))

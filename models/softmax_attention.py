@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention_pieces import attend_pieces
-from models.cache import DECODED_KEYS, Cache, longer, with_token
+from models.cache import DECODED_KEYS, Cache, for_gradients, longer, with_tokens
 from models.reset import check_reset
+
+_DECODED = 64  # tokens at a time, at most: a frame has three
 
 
 class QKV(NamedTuple):
@@ -64,11 +66,19 @@ def attend(
     check_reset(reset, qkv.q)
     past, v = int(cache.length), qkv.v
     q, k = rotate(qkv.q, past, rope_base), rotate(qkv.k, past, rope_base)
-    if past and q.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
-        cache = with_token(cache, k, v)
+    # not where gradients are only off for now: a streamed sequence runs each segment twice, and
+    # both runs must leave the same pieces
+    decoding = past and q.shape[1] <= _DECODED and reset is None
+    decoding = decoding and torch.is_inference_mode_enabled()
+    if decoding and q.shape[1] == 1:
+        cache = with_tokens(cache, k, v)
         return _attend_one(q, cache), None if last else cache
+    if torch.is_grad_enabled():
+        cache = for_gradients(cache)
     y = _attend_after(q, k, v, cache, reset) if past else _attend_documents(q, k, v, reset)
-    return y, None if last else longer(cache, k, v, reset)
+    if last:
+        return y, None
+    return y, with_tokens(cache, k, v) if decoding else longer(cache, k, v, reset)
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> Tensor:

@@ -55,6 +55,11 @@ def value_faults(config: Config) -> Iterator[Fault]:
             f"{train.keep_segments} loses gradients at ZeRO stage 3, where DeepSpeed takes a "
             f"forward's before the next: leave it 1",
         )
+    if train.truncate and train.segment_len == "auto":
+        yield (
+            "train.segment_len",
+            "auto goes by memory, and train.truncate learns by the segments: say their length",
+        )
     launch = config.launch
     if launch.min_workers is not None and launch.min_workers > launch.workers:
         yield (

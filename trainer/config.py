@@ -17,7 +17,7 @@ from data_prep.files import write_whole
 from models.bounds import Fault, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
-from trainer.layout import Layout, Plan
+from trainer.layout import Layout, Plan, even_segments
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge
 
@@ -243,7 +243,12 @@ class Config:
         if evaluated.path is not None:
             cache = data.cache and f"{data.cache}/held_out"
             data = replace(data, path=evaluated.path, cache=cache)
-        train = self.train.of_length(evaluated.seq_len or self.train.seq_len)
+        train = self.train
+        if evaluated.seq_len:
+            train = train.of_length(evaluated.seq_len)
+            if train.seq_len > self.train.seq_len:  # no more at a time than in training
+                most, sp = max(1, self.layout().shard_tokens), self.parallel.sp
+                train = replace(train, segment_len=even_segments(train.seq_len, most, sp))
         return replace(self, data=data, train=train)
 
     @property

@@ -6,6 +6,7 @@ its backward would need is counted.
 
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from models.block import Block
-from models.config import ModelConfig
 from models.flops import parameters
 from models.mixer import Carry
 from trainer.checks import length_faults
 from trainer.config import AUTO, Config
+from trainer.layout import even_segments
+from trainer.parallel.ulysses import head_copies
 from trainer.worker import Worker
 
-SHORT, LONG = 512, 1024  # tokens of the trials: what grows between them grows with every token
+SHORT = 512  # tokens of a trial, and twice that: what grows between them grows with every token
 FASTEST = 32_768  # tokens of a worker's segment beyond which none was faster (bench_context)
 LEAST = 256  # below which the calls cost more than what they compute
 PLANNED = 0.6  # of a worker's memory: allocators leave gaps, and others live there too
@@ -34,6 +36,7 @@ GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 class Footprint:
     """Bytes of one worker."""
 
+    process: int  # of Python and the libraries, before a model
     weights: int  # with their gradients and the optimizer's state
     token: float  # what the backward of a token needs, in all layers
     block: float  # of that, the most of one layer: about what its backward makes besides
@@ -44,13 +47,14 @@ class Footprint:
     def of_step(self, config: Config) -> int:
         """Of the whole process at its highest: what is kept, the carries, and the rest."""
         train, plan = config.train, config.plan
-        passed = 0.0
-        if plan.segments > 1:
-            cached = self.past * train.seq_len / config.parallel.sp  # each rank has its heads
-            passed = self.carry * plan.segments + CACHE_COPIES * cached
-        kept = self._tokens(config) * (self.token * plan.keep + self.block)
+        cached, passed, kept = self.past * train.seq_len * config.model.tokens_of_input, 0.0, 1
+        if plan.truncate:  # one after another, and no gradient comes back
+            passed = 2 * (self.carry + cached)
+        elif plan.segments > 1:
+            passed, kept = self.carry * plan.segments + CACHE_COPIES * cached, plan.keep
+        activations = self._tokens(config) * (self.token * kept + self.block)
         passed *= train.micro_batch_size
-        return round(PROCESS + self.weights + kept + passed + self.logits)
+        return round(self.process + self.weights + activations + passed + self.logits)
 
     def of_segment(self, config: Config) -> float:
         """What keeping one more segment takes."""
@@ -68,7 +72,7 @@ class Footprint:
 def settle(worker: Worker) -> tuple[Worker, int]:
     """The worker with its segments chosen, and the bytes that a step is expected to take.
 
-    Raises ValueError, on every worker, where that is more than there is. Every worker calls it.
+    It is told where that is more than there is. Every worker calls it.
     """
     topology = worker.topology
     memory = memory_of(worker)
@@ -76,14 +80,14 @@ def settle(worker: Worker) -> tuple[Worker, int]:
     chosen = topology.together(lambda: segmented(worker.config, found, memory))
     # of one worker's figures, should their libraries differ
     train, expected = topology.gather_objects((chosen.train, found.of_step(chosen)))[0]
-    config = replace(worker.config, train=train)
     if expected > memory:
-        raise ValueError(
-            f"a step takes about {expected / 2**30:.1f} GiB of a worker, which has "
-            f"{memory / 2**30:.1f}: set train.segment_len=auto, which streams the sequence in "
-            f"segments that fit, train.recompute=true, or more workers of parallel.sp"
+        worker.warn(
+            f"a step is expected to take {expected / 2**30:.1f} GiB of a worker, which has "
+            f"{memory / 2**30:.1f}, {found.weights / 2**30:.1f} of them for weights and the "
+            f"optimizer's state: should it not fit, set train.segment_len=auto, which streams the "
+            f"sequence in segments that do, train.recompute=true, or more workers"
         )
-    return replace(worker, config=config), expected
+    return replace(worker, config=replace(worker.config, train=train)), expected
 
 
 def memory_of(worker: Worker) -> int:
@@ -98,15 +102,19 @@ def memory_of(worker: Worker) -> int:
     everyone = worker.topology.gather_objects((socket.gethostname(), mine))
     hosts = [host for host, _ in everyone]
     shared = worker.device.type == "cpu"
-    return min(each // (hosts.count(host) if shared else 1) for host, each in everyone)
+    least = min(each // (hosts.count(host) if shared else 1) for host, each in everyone)
+    # to the next sixteenth of a power of two: what is chosen by it is to stay, though another start
+    # finds some megabytes less
+    grain = max(1, 1 << (least.bit_length() - 5))
+    return least // grain * grain
 
 
 def segmented(config: Config, found: Footprint, memory: int) -> Config:
     """The configuration with `train.segment_len` chosen, for a worker with so many bytes.
 
     The whole sequence where it fits; else the longest segments that do, up to the fastest, and as
-    many of the last ones kept as there is room for. It follows from nothing that changes between
-    two starts on the same machines. Raises ValueError where not even short segments fit.
+    many of the last ones kept as there is room for. Raises ValueError where not even short
+    segments fit.
     """
     if config.train.segment_len != AUTO:
         return config
@@ -125,18 +133,27 @@ def segmented(config: Config, found: Footprint, memory: int) -> Config:
 
 def _cuts(config: Config) -> list[Config]:
     """The whole sequence, then shorter and shorter segments, equally long but for the last."""
-    train, sp = config.train, config.parallel.sp
+    train = config.train
     cuts = [replace(config, train=replace(train, segment_len=None))]
     tokens = FASTEST
     while tokens >= LEAST:
-        inputs = max(1, tokens // (train.micro_batch_size * config.model.tokens_of_input))
-        segments = -(-train.seq_len // (inputs * sp))
-        segment_len = -(-train.seq_len // (segments * sp)) * sp
-        cut = replace(config, train=replace(train, segment_len=min(segment_len, train.seq_len)))
-        if not any(length_faults(cut)):
+        most = max(1, tokens // (train.micro_batch_size * config.model.tokens_of_input))
+        segment_len = even_segments(train.seq_len, most, config.parallel.sp)
+        cut = replace(config, train=replace(train, segment_len=segment_len))
+        if segment_len and not any(
+            fault for each in _lengths(cut) for fault in length_faults(each)
+        ):
             cuts.append(cut)
         tokens //= 2
     return cuts
+
+
+def _lengths(config: Config) -> Iterator[Config]:
+    """The run at each length that its sequences will have."""
+    yield config
+    yield config.held_out
+    for stage in range(len(config.train.curriculum)):
+        yield config.at(stage * config.train.curriculum_steps)
 
 
 def _keeping(cut: Config, more: int, found: Footprint) -> Config:
@@ -149,45 +166,51 @@ def _keeping(cut: Config, more: int, found: Footprint) -> Config:
 
 def footprint(config: Config, device: torch.device) -> Footprint:
     """Of the configured model, on one worker of the configured world."""
-    model, train = config.model, config.train
+    model, train, stage = config.model, config.train, config.deepspeed.zero_stage
     size = 2 if train.dtype == "bf16" else 4
-    dtype = torch.bfloat16 if size == 2 else torch.float32
     layers = model.layer_mixers()
-    trials = {kind: _trial(model, kind, device, dtype) for kind in set(layers)}
+    trials = {kind: _trial(config, kind, device) for kind in set(layers)}
     tokens, carries, pasts = zip(*(trials[kind] for kind in layers), strict=True)
     kept = float(model.width * size * len(layers)) if train.recompute else sum(tokens)
-    sharers = config.launch.workers if config.deepspeed.zero_stage else 1
-    # weights, gradients and their sums stay whole but at stages 2 and 3; Adam's two numbers
-    # and, in bf16, the fp32 weights are shared from stage 1 on
-    whole, shared = (4, 12) if size == 2 else (8, 8)
+    # Adam's two numbers, and fp32 weights beside those in bf16, are shared out from ZeRO stage 1
+    # on, gradients from 2 on, weights at 3
+    state = 12 if size == 2 else 8
+    shared = [state, 4, size][:stage]
+    whole = [state, 4, size][stage:]
+    numbers = sum(whole) + sum(shared) / config.launch.workers
+    sp = config.parallel.sp
+    copies = head_copies(model.heads, model.shared_kv_heads, sp) if any(pasts) else 1
     return Footprint(
-        weights=round(parameters(model) * (whole + shared / sharers)),
+        process=PROCESS if device.type == "cpu" else 0,
+        weights=round(parameters(model) * numbers),
         token=kept + (max(tokens) if train.recompute else 0.0),
         block=max(tokens),
         carry=sum(carries),
-        past=sum(pasts),
+        past=sum(pasts) * copies / sp,
         logits=3 * 4 * model.vocab_size * train.loss_tile_tokens,
     )
 
 
-def _trial(
-    model: ModelConfig, kind: str, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float, float]:
+def _trial(config: Config, kind: str, device: torch.device) -> tuple[float, float, float]:
     """Of one block: bytes kept for the backward of a token; of its carry, and by token before."""
+    model = config.model
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     with torch.random.fork_rng(devices=[]):
         block = Block(model, kind).to(device, dtype)
+    short = max(SHORT, 2 * model.halo_width)  # a window shows what it keeps beyond itself
     kept, left = [], []
-    for steps in (SHORT, LONG):
+    for steps in (short, 2 * short):
         x = torch.zeros(1, steps, model.width, device=device, dtype=dtype, requires_grad=True)
-        bytes_kept, (_, carry) = _kept(block, x)
+        reset = torch.zeros(1, steps, device=device, dtype=torch.uint8)
+        bytes_kept, carry = _kept(block, x, reset if config.data.reset_state else None)
         kept.append(bytes_kept)
         left.append(sum(each.nbytes for each in carry))
-    past = (left[1] - left[0]) / (LONG - SHORT)
-    return (kept[1] - kept[0]) / (LONG - SHORT), left[0] - past * SHORT, past
+    past = (left[1] - left[0]) / short
+    return (kept[1] - kept[0]) / short, left[0] - past * short, past
 
 
-def _kept(block: Block, x: Tensor) -> tuple[int, tuple[Tensor, Carry]]:
-    """Bytes that its backward would need, and what it gives."""
+def _kept(block: Block, x: Tensor, reset: Tensor | None) -> tuple[int, Carry]:
+    """Bytes that its backward would need, and the carry that leaves it."""
     found: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
@@ -196,5 +219,5 @@ def _kept(block: Block, x: Tensor) -> tuple[int, tuple[Tensor, Carry]]:
         return saved
 
     with saved_tensors_hooks(note, lambda saved: saved):
-        result = block(x)
-    return sum(found.values()), result
+        _, carry = block(x, reset=reset)
+    return sum(found.values()), carry

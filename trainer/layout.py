@@ -39,6 +39,12 @@ class Layout:
         return range(first, first + shard)
 
 
+def even_segments(seq_len: int, most: int, sp_size: int) -> int | None:
+    """`segment_len` of segments of at most so many tokens a rank, equally long but for the last."""
+    segments = -(-seq_len // (most * sp_size))
+    return None if segments == 1 else -(-seq_len // (segments * sp_size)) * sp_size
+
+
 @dataclass(frozen=True)
 class Plan:
     """In which order segments are run, and which of them twice.

@@ -123,4 +123,4 @@ def way(worker: Worker) -> dict[str, Any]:
     """How a step goes through its segments: a start that goes another way begins the step anew."""
     names = ("batch_size", "micro_batch_size", "segment_len")
     sizes = {name: getattr(worker.config.train, name) for name in names}
-    return {"device": worker.device.type, **sizes, **asdict(worker.config.plan)}
+    return {"device": worker.device.type, "carries": 2, **sizes, **asdict(worker.config.plan)}

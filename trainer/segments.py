@@ -115,21 +115,26 @@ def _truncated(plan: Plan, work: Work, here: Position) -> None:
 
 def _apart(carry: list[Carry]) -> list[Carry]:
     """The same values without what they are cut from: a view would keep a whole segment."""
-    return [tuple(_own(x.detach()) for x in layer) for layer in carry]
+    return [tuple(_own(x) for x in layer) for layer in carry]
 
 
 def _own(x: Tensor) -> Tensor:
-    # what passes through, as the pieces of a cache do, is shared by all
-    return x.clone() if x.untyped_storage().nbytes() > 2 * x.nbytes else x
+    if x.untyped_storage().nbytes() > 2 * x.nbytes:
+        return x.detach().clone()
+    # what passes through, as the pieces of a cache do, is one object for all segments
+    return x.detach() if x.requires_grad else x
 
 
 def _leaves(carry: list[Carry] | None) -> list[Carry] | None:
     """The same values, at which a gradient ends; masks and counts have none."""
-    if carry is None:
-        return None
-    return [
-        tuple(x.detach().requires_grad_(x.is_floating_point()) for x in layer) for layer in carry
-    ]
+    return None if carry is None else [tuple(_leaf(x) for x in layer) for layer in carry]
+
+
+def _leaf(x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    if leaf.requires_grad and x.dtype.itemsize < 4:
+        leaf.grad_dtype = torch.float32  # to which thousands of segments may add
+    return leaf
 
 
 def _gradient(x: Tensor) -> Tensor | None:
@@ -147,9 +152,10 @@ def _pass_on(
         return
     for layer, grads, entered in zip(leaving, flow, leaves, strict=True):
         same = {id(x): x for x in entered}
-        for index, x in enumerate(layer):
-            if id(x) in same and grads[index] is not None:
-                same[id(x)].grad, grads[index] = grads[index], None
+        for index, (x, grad) in enumerate(zip(layer, grads, strict=True)):
+            if grad is not None and (leaf := same.pop(id(x), None)) is not None:
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                leaf.grad, grads[index] = grad.to(wide), None
 
 
 def _met(leaving: list[Carry], flow: list[list[Tensor | None]] | None) -> Any:

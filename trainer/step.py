@@ -30,7 +30,6 @@ from trainer.worker import Worker
 # them, its hooks gather outside the graph). The compiler may order collectives that do not depend
 # on each other differently on each rank, and they would wait for each other for ever.
 COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
-TRIM_RUNS = 64  # of a segment, between two times that gaps in the heap are given back
 
 
 def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
@@ -97,8 +96,7 @@ class _Work:
         if worker.config.plan.segments == 1:  # read, and found good, with the step's others
             return next(self.segments)
         now.tell()
-        if now.runs % TRIM_RUNS == TRIM_RUNS - 1:
-            release_gaps()
+        release_gaps()
         batch, (stop, due) = worker.read_together(
             lambda: next(self.segments), now.asked == Stop.NOW, now.due()
         )

@@ -78,10 +78,10 @@ def test_a_token_sees_all_of_its_document_before_it(cuts, where):
 
 
 @pytest.mark.parametrize("where", ["none", "random"])
-@torch.no_grad()
+@torch.inference_mode()
 def test_decoded_tokens_see_what_was_read_in_segments(where):
     """One by one behind segments, between them, and beside another continuation of the same."""
-    cuts = [20, 13, *[1] * 5, 12, *[1] * 4]
+    cuts = [20, 13, *[1] * 5, 3, 3, 100, *[1] * 4, 3]
     q, k, v = (x.detach() for x in _leaves(sum(cuts), sum(cuts)))
     reset = make_reset(BATCH, 33, where)
     document = _documents(reset, 33) if reset is not None else torch.zeros(BATCH, 33).long()
@@ -98,9 +98,30 @@ def test_decoded_tokens_see_what_was_read_in_segments(where):
         parts.append(y)
         begin += steps
     torch.testing.assert_close(torch.cat(parts, dim=1), _dense(q, k, v, seen))
+    assert len(cache.pieces) == 2
 
 
-@torch.no_grad()
+def test_what_was_decoded_is_gone_on_from_with_gradients():
+    """Though another continuation writes behind it, and it was made for inference."""
+    q, k, v = (x.detach() for x in _leaves(12, 12))
+    parts = [QKV(*(x[:, at] for x in (q, k, v))) for at in (slice(0, 8), slice(8, 9), slice(9, 12))]
+    with torch.inference_mode():
+        _, cache = attend(parts[0], Cache.empty(BATCH), None, BASE)
+        _, cache = attend(parts[1], cache, None, BASE)
+    leaves = [x.clone().requires_grad_() for x in parts[2]]
+    y, _ = attend(QKV(*leaves), cache, None, BASE)
+    with torch.inference_mode():
+        attend(parts[1], cache, None, BASE)
+    y.sum().backward()
+    want = [x.clone().requires_grad_() for x in (q, k, v)]
+    whole, _ = attend(QKV(*want), Cache.empty(BATCH), None, BASE)
+    whole[:, 9:].sum().backward()
+    torch.testing.assert_close(y, whole[:, 9:])
+    for leaf, reference in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, reference.grad[:, 9:])
+
+
+@torch.inference_mode()
 def test_infinity_in_an_earlier_document_is_not_seen():
     q, k, v = (x.detach() for x in _leaves(12, 12))
     v[:, 2] = float("inf")

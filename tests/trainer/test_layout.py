@@ -1,8 +1,10 @@
 """Which tokens a (rank, segment) holds: all of a sequence, each once, in order."""
 
+from itertools import product
+
 import pytest
 
-from trainer.layout import Layout, Plan
+from trainer.layout import Layout, Plan, even_segments
 
 
 @pytest.mark.parametrize("segments", [1, 2, 6])
@@ -34,3 +36,13 @@ def test_a_shard_by_hand():
 )
 def test_segments_are_read_there_and_back(plan, reads):
     assert plan.reads == reads
+
+
+def test_even_segments_are_no_longer_than_they_may_be():
+    for tokens, most, ranks in product((6, 96, 1000, 70_000), (1, 7, 32, 99_999), (1, 2, 3)):
+        seq_len = tokens * ranks
+        segment_len = even_segments(seq_len, most, ranks)
+        layout = Layout(seq_len, ranks, 0, segment_len)
+        assert layout.shard_tokens <= most
+        assert all(len(layout.segment(n)) % ranks == 0 for n in range(layout.segments))
+        assert (segment_len is None) == (seq_len <= most * ranks)

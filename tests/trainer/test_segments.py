@@ -122,7 +122,7 @@ def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     return max(float((one[n] - other[n]).abs().max() / other[n].abs().max()) for n in other)
 
 
-@pytest.mark.parametrize("segment_len", [27, 20, 7])
+@pytest.mark.parametrize("segment_len", [27, 20, 7, 1])
 @pytest.mark.parametrize("mixer", MIXED, ids=str)
 def test_the_gradient_is_that_of_the_whole(mixer, segment_len):
     """Of every parameter, in fp64, with a shorter last segment and resets on edges."""

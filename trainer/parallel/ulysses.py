@@ -35,7 +35,7 @@ def ulysses_attend(
             f"model.heads {heads} cannot be dealt to parallel.sp {ranks} ranks: use a multiple of "
             f"{ranks} heads, or an sp that divides them"
         )
-    copies = _copies(heads, kv_heads, ranks)
+    copies = head_copies(heads, kv_heads, ranks)
     k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
     by_rank = [_split_heads(x, ranks) for x in (q, k, v)]
     parts = group.all_to_all(torch.cat(by_rank, dim=3))  # [P shards, B, T, heads / P, d]
@@ -49,7 +49,7 @@ def ulysses_attend(
     return _join_heads(group.all_to_all(shards)), leaving
 
 
-def _copies(heads: int, kv_heads: int, ranks: int) -> int:
+def head_copies(heads: int, kv_heads: int, ranks: int) -> int:
     """How often each key-value head is sent, so that ranks divide them all."""
     group = heads // kv_heads
     return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % ranks == 0)

@@ -1,0 +1,166 @@
+"""A needle a million tokens back, learned over growing lengths: streamed whole, and truncated.
+
+    python -m tests.benchmarks.long_needle [--longest TOKENS] [--quick]
+
+By the commands of the README: data of data_prep.synthetic, training of configs/needle.yaml at each
+length from the weights of the length before. From the length on that takes more than one segment a
+second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
+steps to three, since a streamed step runs a forward more. What each line has learned at every
+length, and what the last length's answers are of models that stopped at shorter ones, is in
+results/long_needle_*.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import results
+
+CONFIG = "configs/needle.yaml"
+SEGMENT = 16_384
+ANSWER = 2  # tokens
+EVALUATED = 32  # sequences
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A length, and how much is trained at it."""
+
+    tokens: int
+    batch: int  # sequences a step
+    steps: int
+    rate: float = 1e-3
+
+
+STAGES = [
+    Stage(256, 64, 600, 3e-3),
+    Stage(4096, 4, 150),
+    Stage(16384, 4, 150),
+    Stage(65536, 4, 60),
+    Stage(262144, 2, 40),
+    Stage(1048576, 1, 40),
+]
+QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
+
+
+def launch(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def make_data(folder: Path, stage: Stage) -> Path:
+    """Needles at an eighth, a quarter, a half and all of the length, in turn."""
+    out = folder / f"data-{stage.tokens}"
+    most = stage.tokens - 2 * ANSWER
+    distances = [stage.tokens // 8, stage.tokens // 4, stage.tokens // 2, most]
+    sizes = {
+        "length": stage.tokens,
+        "tokens": ANSWER,
+        "train": stage.batch * -(-stage.steps * 4 // 3),
+        "held-out": EVALUATED,
+        "distances": ",".join(map(str, distances)),
+    }
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    if not out.exists():
+        launch("data_prep.synthetic", "needle", "--out", str(out), *options)
+    return out
+
+
+def train(
+    run: Path, data: Path, stage: Stage, begun: Path | None, segment: int, truncate: bool
+) -> dict[str, Any]:
+    """A run at this length from another's weights; its evaluation, and how fast it was."""
+    steps = stage.steps * 4 // 3 if truncate else stage.steps
+    settings = {
+        "run.dir": run,
+        "data.path": data,
+        "train.seq_len": stage.tokens,
+        "train.batch_size": stage.batch,
+        "train.steps": steps,
+        "optim.learning_rate": stage.rate,
+        "parallel.sp": 2 if stage.batch == 1 else 1,
+        "train.micro_batch_size": max(1, min(stage.batch // 2, segment // stage.tokens)),
+        "checkpoint.every": max(1, steps // 4),
+    }
+    if stage.tokens > segment:
+        settings |= {"train.segment_len": segment, "train.truncate": str(truncate).lower()}
+    if begun:
+        settings["train.init_from"] = begun
+    launch("launch", "train", CONFIG, *(f"{key}={value}" for key, value in settings.items()))
+    return evaluated(run)
+
+
+def evaluated(run: Path) -> dict[str, Any]:
+    found = json.loads((run / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(line["step_seconds"] for line in lines)
+    return {**found, "seconds": seconds, "tokens": lines[-1]["tokens"]}
+
+
+def row(line: str, stage: Stage, found: dict[str, Any]) -> dict[str, Any]:
+    shares = {f"{name} back": f"{right:.1%}" for name, right in by_distance(found, stage)}
+    return {
+        "training": line,
+        "tokens of a sequence": f"{stage.tokens:,}",
+        "million tokens": round(found["tokens"] / 1e6, 1),
+        "minutes": round(found["seconds"] / 60, 1),
+        **shares,
+    }
+
+
+def by_distance(found: dict[str, Any], stage: Stage) -> list[tuple[str, float]]:
+    names = "1/8", "1/4", "1/2", "all of it"
+    return [(name, each[2]) for name, each in zip(names, found["by_distance"], strict=True)]
+
+
+def evaluate_longer(run: Path, data: Path, stage: Stage) -> dict[str, Any]:
+    """What a finished run answers at another length: the same command evaluates it there."""
+    longer = {"run.dir": run, "evaluate.path": data, "evaluate.seq_len": stage.tokens}
+    settings = (f"{key}={value}" for key, value in longer.items())
+    launch("launch", "train", str(run / "config.yaml"), *settings)
+    return evaluated(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--longest", type=int, default=STAGES[-1].tokens, help="tokens")
+    parser.add_argument("--folder", type=Path, default=Path("runs/needle"))
+    parser.add_argument("--quick", action="store_true", help="two short lengths, nothing written")
+    options = parser.parse_args()
+    stages = QUICK if options.quick else [s for s in STAGES if s.tokens <= options.longest]
+    segment = 64 if options.quick else SEGMENT
+    rows = []
+    newest: dict[str, Path | None] = {"streamed": None}
+    for stage in stages:
+        if stage.tokens > segment:
+            newest.setdefault("truncated", newest["streamed"])
+        data = make_data(options.folder, stage)
+        for line, begun in newest.items():
+            run = options.folder / f"{line}-{stage.tokens}"
+            found = train(run, data, stage, begun, segment, line == "truncated")
+            newest[line] = run
+            rows.append(row(line, stage, found))
+            print(rows[-1], flush=True)
+    for stage in stages[:-1]:
+        shorter = options.folder / f"streamed-{stage.tokens}"
+        found = {**evaluate_longer(shorter, data, stages[-1]), "tokens": 0, "seconds": 0}
+        rows.append(row(f"none: that of {stage.tokens:,} tokens", stages[-1], found))
+        print(rows[-1], flush=True)
+    text = "# A needle, far back\n\n" + results.circumstances()
+    text += (
+        f"\n`{CONFIG}`, {segment:,} tokens a segment; share of {EVALUATED} held-out answers of "
+        f"{ANSWER} tokens that are right, by how far back the needle lies. Each length begins with "
+        f"the weights of the length before. Truncated: four steps for three, since a streamed step "
+        f"runs one forward more. None: no training at this length.\n\n"
+    )
+    text += results.table(rows)
+    print(text)
+    if not options.quick:
+        results.result_path("long_needle", ".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
