@@ -246,7 +246,8 @@ class Config:
         train = self.train
         if evaluated.seq_len:
             train = train.of_length(evaluated.seq_len)
-            if train.seq_len > self.train.seq_len:  # no more at a time than in training
+            if train.segment_tokens or train.seq_len > self.train.seq_len:
+                # no more at a time than in training
                 most, sp = max(1, self.layout().shard_tokens), self.parallel.sp
                 train = replace(train, segment_len=even_segments(train.seq_len, most, sp))
         return replace(self, data=data, train=train)
