@@ -36,6 +36,21 @@ def test_frames_one_by_one_are_all_at_once(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+@torch.inference_mode()
+def test_an_episode_that_is_played_has_a_carry_of_as_many_tensors_throughout(mixer):
+    """In inference mode: a frame of three tokens is no piece of its own."""
+    model, frames = _model(mixer), torch.randn(2, 12, NUMBERS)
+    whole, _ = model(frames)
+    carry, parts, counts = None, [], set()
+    for frame in frames.split(1, dim=1):
+        actions, carry = model(frame, carry)
+        parts.append(actions)
+        counts.add(sum(len(layer) for layer in carry))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_an_action_sees_its_frame_and_none_after_it(mixer):
     model = _model(mixer)
     frames = torch.randn(1, 8, NUMBERS, requires_grad=True)
