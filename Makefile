@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon needle test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon needle context test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
@@ -82,6 +82,11 @@ marathon: setup
 # A needle a million tokens back, learned over growing lengths, streamed and truncated: two hours.
 needle: setup
 	$(RUN) -m tests.benchmarks.long_needle
+
+# Losses by position to 256K of models that were trained at 2K, 16K and 128K: about an hour.
+context: setup
+	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
+	$(RUN) -m launch compare configs/compare_context.yaml
 
 # Workers, machines and Ray itself lost at random moments: about half an hour.
 test-faults: setup

@@ -7,6 +7,7 @@ takes longer than the limit ends its line. Writes results/context_*.md, .csv and
 """
 
 import argparse
+import os
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.config import Config, LaunchConfig, OptimConfig, TrainConfig
 SEGMENT = 16_384
 SHORTEST = 4_096
 SECONDS = 900.0  # of a cell: a step that is not timed, and one that is
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4  # bytes, of a cell
 LINES = {  # (mixer, whether it is streamed)
     "minGRU, streamed": ("mingru", True),
     "minGRU, whole": ("mingru", False),
@@ -46,7 +48,7 @@ def measured(lengths: tuple[int, int], segment: int) -> list[dict[str, Any]]:
             if name in given_up:
                 continue
             config = _config(mixer, length, segment if streamed else None)
-            call = Call("trainer.measure:measure_training", config, (1, 0.0), SECONDS)
+            call = Call("trainer.measure:measure_training", config, (1, 0.0), SECONDS, MEMORY)
             cost = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
             row: dict[str, Any] = {"line": name, "tokens": length}
             if isinstance(cost, Failed):
@@ -77,7 +79,7 @@ def main() -> None:
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n4 layers of width 128, fp32, one thread, segments of {SEGMENT:,} tokens; the second "
-        f"step of two; a cell ends after {SECONDS:.0f} s, and its line with it.\n\n"
+        f"step of two; a cell ends after {SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
     )
     text += results.table(rows)
     print(text)

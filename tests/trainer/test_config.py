@@ -148,7 +148,7 @@ def test_shipped_configurations_are_valid(dataset, tmp_path):
         if path.name.startswith("compare"):
             comparison = load_comparison(path, ["compare.tasks={}"])
             assert comparison.settings.tasks == {}
-            assert {"attention", "mingru", "minlstm"} <= set(comparison.models)
+            assert {"mingru", "minlstm"} <= set(comparison.models)
             with pytest.raises(ConfigError) as caught:  # of its trainings only the data is missing
                 load_comparison(path, [f"data.path={dataset}/none"])
             assert all("holds no dataset.json" in fault for fault in caught.value.faults)
