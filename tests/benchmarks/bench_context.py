@@ -79,8 +79,8 @@ def main() -> None:
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n4 layers of width 128, fp32, one thread, segments of {SEGMENT:,} tokens; the second "
-        f"step of two; a cell ends after {SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its line "
-        f"with it.\n\n"
+        f"step of two; a cell ends after {SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its "
+        f"line with it.\n\n"
     )
     text += results.table(rows)
     print(text)
