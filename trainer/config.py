@@ -146,7 +146,8 @@ class GuardConfig:
     # a loss or gradient that is not finite, or a spike: stop before the update, or leave it out
     on_bad_step: str = one_of("stop", "stop", "skip")
     max_skips: int = positive(10)  # steps left out in a whole run, before it stops
-    spike_nats: float = positive(3.0)  # a loss so far above the median of the last 50 is a spike
+    # a loss so far above the median of the last 50 is a spike; a squared error, by the logarithm
+    spike_nats: float = positive(3.0)
     # steps between comparisons of the workers' weights, which are compared before a save too; 0: no
     checksum_every: int = not_negative(100)
 

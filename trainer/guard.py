@@ -49,7 +49,7 @@ class Guard:
             return self._leave_out("loss", loss, step, self._told(bad, begins))
         if len(self._recent) >= FEWEST:
             usual = statistics.median(self._recent)
-            if loss > usual + self.config.guard.spike_nats:
+            if self._far_above(loss, usual):
                 # the share of each sequence of the step; the highest is worth a look
                 by_row = shares.reshape(dp, -1).sum(1)
                 first = int(by_row.argmax()) * self.config.parallel.sp
@@ -58,6 +58,11 @@ class Guard:
                 return self._leave_out("loss", loss, step, self._told(ranks, begins) + why)
         self._recent.append(loss)
         return True
+
+    def _far_above(self, loss: float, usual: float) -> bool:
+        """Of squared errors, which are no nats, by their logarithms."""
+        far = self.config.guard.spike_nats
+        return loss > usual * math.exp(far) if self.config.model.of_frames else loss > usual + far
 
     def takes_norm(self, norm: float, step: int, begins: list[int]) -> bool:
         """Whether the gradient was finite: the engine makes no update of one that is not."""

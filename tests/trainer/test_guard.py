@@ -45,6 +45,15 @@ def test_a_spike_is_measured_against_the_middle_of_the_last_steps():
         guard.takes_loss(_shares(1, 1, 2, 2.4), 22, [0] * 4)
 
 
+def test_a_spike_of_squared_errors_is_one_of_their_logarithm():
+    config = _config(spike_nats=1.0)
+    config.model.observation_width, config.model.action_width = 5, 3
+    guard = Guard(config, [0.02] * 20, 0)
+    assert guard.takes_loss(_shares(0.05, 0.05, 0.0, 0.0), 21, [0] * 4)  # 2.5 times as much
+    with pytest.raises(RunError, match=r"loss is 0.06 at step 22"):
+        guard.takes_loss(_shares(0.06, 0.06, 0.0, 0.0), 22, [0] * 4)  # 3
+
+
 def test_left_out_steps_have_a_limit():
     guard = Guard(_config(on_bad_step="skip", max_skips=2), [], 1)
     assert not guard.takes_norm(math.inf, 5, [0] * 4)
