@@ -95,16 +95,17 @@ def timed_steps(worker: Worker) -> Iterator[float]:
         yield float(worker.topology.gather(mine).max())
 
 
-def measure_training(config: Config, steps: int, seconds: float) -> TrainingCost:
+def measure_training(config: Config, steps: int, seconds: float, untimed: int = 1) -> TrainingCost:
     """Time up to `steps` optimizer steps, as many as fit into `seconds`, at least one.
 
-    One before them is not timed. Every worker calls it.
+    So many before them are not timed. Every worker calls it.
     """
     worker = Worker.join(config)
     device, meter = worker.device, worker.topology.sequence.meter
     idle = _resident_bytes(device)
     clock = timed_steps(worker)
-    next(clock)
+    for _ in range(untimed):
+        next(clock)
     meter.take()
     timed = [next(clock)]
     while len(timed) < steps and sum(timed) < seconds:
