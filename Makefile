@@ -26,10 +26,10 @@ static:
 	$(RUN) -m mypy
 
 fast-lane:
-	$(RUN) -m pytest -m "not slow and not soak" -o cache_dir=.pytest_cache/fast
+	$(RUN) -m pytest -m "not slow and not soak" --durations=15 -o cache_dir=.pytest_cache/fast
 
 slow-lane:
-	$(RUN) -m pytest -m "slow and not soak" -o cache_dir=.pytest_cache/slow
+	$(RUN) -m pytest -m "slow and not soak" --durations=25 -o cache_dir=.pytest_cache/slow
 
 # Recurrences beside a Transformer, 1K to 64K tokens: about 17 quiet minutes on two cores.
 compare: setup

@@ -86,8 +86,8 @@ def main() -> None:
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n2 layers of width 64, fp32, one thread, segments of {SEGMENT:,} tokens, windows of "
-        f"256; up to {WARMED:,} tokens the second step of two. A cell ends after {SECONDS:.0f} s or "
-        f"at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
+        f"256; up to {WARMED:,} tokens the second step of two. A cell ends after {SECONDS:.0f} s "
+        f"or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
     )
     text += results.table(rows)
     print(text)
