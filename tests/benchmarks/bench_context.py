@@ -31,6 +31,8 @@ LINES: dict[str, tuple[str, dict[str, Any]]] = {  # mixer, and how a sequence go
     "attention, streamed": ("attention", {"segment_len": SEGMENT}),
     "attention, whole": ("attention", {}),
 }
+SEGMENTED = ("minGRU, streamed", "window, streamed")
+SIZES = [1024 << doubled for doubled in range(8)]
 
 
 def _config(line: str, length: int, longest_segment: int) -> Config:
@@ -53,21 +55,37 @@ def measured(lengths: tuple[int, int], segment: int) -> list[dict[str, Any]]:
         for name in LINES:
             if name in given_up:
                 continue
-            config = _config(name, length, segment)
-            how = (1, 0.0, 1 if length <= WARMED else 0)
-            call = Call("trainer.measure:measure_training", config, how, SECONDS, MEMORY)
-            cost = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
-            row: dict[str, Any] = {"line": name, "tokens": length}
-            if isinstance(cost, Failed):
+            found = _cost(_config(name, length, segment))
+            if found["MB over idle"] is None:
                 given_up.add(name)
-                row |= {"tokens/s": cost.why.strip().splitlines()[-1], "MB over idle": None}
-            else:
-                row["tokens/s"] = round(length / median(cost.step_seconds))
-                row["MB over idle"] = round(cost.peak_memory_bytes / 1e6)
-            rows.append(row)
+            rows.append({"line": name, "tokens": length, **found})
             print(rows[-1], flush=True)
         length *= 4
     return rows
+
+
+def by_segment(length: int, segments: list[int]) -> list[dict[str, Any]]:
+    """A row for each length of a segment, of one sequence: the ground for segment_len=auto."""
+    rows = []
+    for segment in segments:
+        cells = {name: _cost(_config(name, length, segment)) for name in SEGMENTED}
+        rows.append(
+            {"segment": segment, **{name: cell["tokens/s"] for name, cell in cells.items()}}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _cost(config: Config) -> dict[str, Any]:
+    """Tokens per second and memory of a step; why not, where it fails."""
+    length = config.train.seq_len
+    how = (1, 0.0, 1 if length <= WARMED else 0)
+    call = Call("trainer.measure:measure_training", config, how, SECONDS, MEMORY)
+    cost = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
+    if isinstance(cost, Failed):
+        return {"tokens/s": cost.why.strip().splitlines()[-1], "MB over idle": None}
+    speed = round(length / median(cost.step_seconds))
+    return {"tokens/s": speed, "MB over idle": round(cost.peak_memory_bytes / 1e6)}
 
 
 def _series(rows: list[dict[str, Any]], of: str) -> Series:
@@ -83,6 +101,8 @@ def main() -> None:
     options = parser.parse_args()
     lengths = (512, 2048) if options.quick else (SHORTEST, options.longest)
     rows = measured(lengths, 512 if options.quick else SEGMENT)
+    length, sizes = (2048, [512]) if options.quick else (WARMED, SIZES)
+    cut = by_segment(length, sizes)
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n2 layers of width 64, fp32, one thread, segments of {SEGMENT:,} tokens, windows of "
@@ -90,6 +110,8 @@ def main() -> None:
         f"or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
     )
     text += results.table(rows)
+    text += f"\nTokens per second of {length:,} tokens by the length of a segment:\n\n"
+    text += results.table(cut)
     print(text)
     if not options.quick:
         results.write_csv("context", rows)
