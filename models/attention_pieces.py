@@ -2,7 +2,8 @@
 
 Each piece is attended to by itself, and the parts are put together by their log-sum-exps; with
 those of the whole, each part's backward is that of the whole. Source: blockwise attention as in
-Ring Attention (Liu et al. 2023, arXiv:2310.01889), on the kernels of torch.
+Ring Attention (Liu et al. 2023, arXiv:2310.01889), on the kernels of torch: operators of its own,
+for torch has no public call that tells log-sum-exps on a CPU.
 """
 
 from typing import Any
