@@ -71,16 +71,17 @@ def _commands(run: _Record) -> list[str]:
 def _summary(run: _Record) -> str:
     config = run.config
     speed = statistics.median(m["tokens_per_second"] for m in run.metrics)
+    pieces = "frames" if config.model.of_frames else "tokens"
     lines = [
         f"{run.metrics[-1]['step']} steps of {config.train.batch_size} x {config.train.seq_len:,} "
-        f"tokens on {config.launch.workers} workers (sp={config.parallel.sp}), "
-        f"median {speed:,.0f} tokens/s"
+        f"{pieces} on {config.launch.workers} workers (sp={config.parallel.sp}), "
+        f"median {speed:,.0f} {pieces}/s"
     ]
     if risen := risen_loss(run.metrics):
         lines.append(f"warning: {risen}")
     if run.result:
         what = "squared error of actions" if run.config.model.of_frames else "loss"
-        lines.append(f"\nHeld-out {what} on {run.result['tokens']:,} tokens:")
+        lines.append(f"\nHeld-out {what} on {run.result['tokens']:,} {pieces}:")
         for name, row in _models(run):
             bits = row["bits_per_byte"]
             told = "" if bits is None else f" nats   {bits:.4f} bits per byte"
@@ -107,7 +108,7 @@ def risen_loss(metrics: list[Line]) -> str | None:
     if last <= first:
         return None
     return (
-        f"The loss ended above where it began: {last:.3f} nats over the last {count} steps, "
+        f"The loss ended above where it began: {last:.3f} over the last {count} steps, "
         f"{first:.3f} over the first"
     )
 
@@ -139,18 +140,7 @@ def _page(run: _Record) -> Iterator[str]:
             "## Held-out loss",
             "",
             *(_losses(run) if run.sample else _earned(run)),
-            *(
-                table(
-                    "source",
-                    ("tokens", "nats per token", "bits per byte"),
-                    [
-                        (name, (f"{tokens:,}", f"{loss:.4f}", f"{bits:.4f}"))
-                        for name, tokens, loss, bits in run.result.get("by_source", [])
-                    ],
-                )
-                if run.result.get("by_source")
-                else ()
-            ),
+            *_by_source(run),
             *table(
                 "position in the sequence",
                 ("nats per token" if run.sample else "squared error",),
@@ -164,6 +154,19 @@ def _page(run: _Record) -> Iterator[str]:
         prompt, continuation = run.sample
         yield from ("## A sample", "", "```", prompt[-200:], ">>>", continuation, "```", "")
     yield from ("## Go on", "", *(f"    {command}" for command in _commands(run)))
+
+
+def _by_source(run: _Record) -> list[str]:
+    """Of a run on several; frames have no bytes."""
+    assert run.result
+    rows = run.result.get("by_source", [])
+    if not rows:
+        return []
+    if not run.sample:
+        errors = [(name, (f"{frames:,}", f"{loss:.4f}")) for name, frames, loss, _ in rows]
+        return [*table("source", ("frames", "squared error"), errors)]
+    losses = [(name, (f"{n:,}", f"{loss:.4f}", f"{bits:.4f}")) for name, n, loss, bits in rows]
+    return [*table("source", ("tokens", "nats per token", "bits per byte"), losses)]
 
 
 def _losses(run: _Record) -> list[str]:

@@ -44,7 +44,7 @@ class Evaluation:
     # (distance in tokens, mean loss, accuracy) where the data has distances (data_prep.synthetic)
     by_distance: list[tuple[int, float, float]] = field(default_factory=list)
     # (source, tokens, mean loss, bits per byte) where the data has several
-    by_source: list[tuple[str, int, float, float]] = field(default_factory=list)
+    by_source: list[tuple[str, int, float, float | None]] = field(default_factory=list)
 
 
 def bits_per_byte(nats_per_token: float, tokens: float, text_bytes: float) -> float:
@@ -105,7 +105,7 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
         by_position=_by_position(totals.sum(1), edges, what=0),
         accuracy_by_position=[] if frames else _by_position(totals.sum(1), edges, what=1),
         by_distance=_by_distance(totals.sum(1), distances),
-        by_source=_by_source(totals.sum((2, 3)), sources) if len(sources) > 1 else [],
+        by_source=_by_source(totals.sum((2, 3)), sources, bool(frames)) if len(sources) > 1 else [],
     )
 
 
@@ -118,10 +118,12 @@ def _counted(labels: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     return counts, lengths[labels.clamp(min=0)] * counts
 
 
-def _by_source(totals: Tensor, sources: list[str]) -> list[tuple[str, int, float, float]]:
+def _by_source(
+    totals: Tensor, sources: list[str], frames: bool
+) -> list[tuple[str, int, float, float | None]]:
     rows = zip(sources, totals.T.tolist(), strict=True)
     return [
-        (source, int(n), loss / n, bits_per_byte(loss / n, n, text_bytes))
+        (source, int(n), loss / n, None if frames else bits_per_byte(loss / n, n, text_bytes))
         for source, (loss, _, n, text_bytes) in rows
         if n
     ]

@@ -106,7 +106,7 @@ def test_a_report_says_when_losses_rose():
     assert risen_loss(lines(3.0)) is None
     told = risen_loss(lines(2.0, 2.1, None, 3.0, 3.2))
     assert told
-    assert "3.100 nats over the last 2 steps, 2.050 over the first" in told
+    assert "3.100 over the last 2 steps, 2.050 over the first" in told
 
 
 @pytest.mark.slow
