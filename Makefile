@@ -108,6 +108,8 @@ bench: setup
 	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1
 	$(RUN) -m tests.benchmarks.bench_scan
 	$(RUN) -m tests.benchmarks.bench_exchange
+	$(RUN) -m tests.benchmarks.bench_sharding
+	$(RUN) -m tests.benchmarks.bench_context
 	$(RUN) -m tests.benchmarks.bench_llama
 	$(RUN) -m tests.benchmarks.bench_prep
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
         ("bench_relay", 9),
         ("bench_states", 6),
         ("bench_context", 14),
+        ("bench_sharding", 1),
     ],
 )
 def test_quick_run_prints_a_table(command, lines):
