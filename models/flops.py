@@ -6,9 +6,11 @@ what moves along the sequence is declared with each mixer (models/mixers).
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from models.block import Block
 from models.config import TOKENS_OF_FRAME, ModelConfig
@@ -70,8 +72,22 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 3 * forward_flops_per_token(config, seq_len)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Draws no values: there is no memory for them, and torch would import its compiler (1.5 s).
+
+    What mixers compute of their initial values they compute on the CPU, for the same reason.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _blocks(config: ModelConfig) -> Iterator[tuple[Block, int]]:
     """One block for each mixer of the stack, and how many layers have it."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         for name, count in Counter(config.layer_mixers()).items():
             yield Block(config, name), count

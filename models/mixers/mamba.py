@@ -44,11 +44,13 @@ class MambaMixer(SequenceMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Rates from 1 to N (S4D-Real) and step sizes; the layers within have drawn their own."""
-        channels = (torch.arange(self.state_width) + 0.5) / self.state_width
+        channels = (torch.arange(self.state_width, device="cpu") + 0.5) / self.state_width
         slowest = min(1 / self.memory_tokens, LARGEST_STEP)
         step = slowest * (LARGEST_STEP / slowest) ** channels
         self.step_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
-        self.log_rate.copy_(torch.arange(1, self.states + 1).log().expand_as(self.log_rate))
+        self.log_rate.copy_(
+            torch.arange(1, self.states + 1, device="cpu").log().expand_as(self.log_rate)
+        )
         nn.init.ones_(self.skip)
 
     def init_carry(self, batch_size: int, device: torch.device) -> Carry:

@@ -46,7 +46,7 @@ class RecurrentMixer(SequenceMixer):
 
         Source: chrono initialisation, Tallec & Ollivier 2018 (arXiv:1804.11188).
         """
-        channels = (torch.arange(self.state_width) + 0.5) / self.state_width
+        channels = (torch.arange(self.state_width, device="cpu") + 0.5) / self.state_width
         return 2 * (self.memory_tokens / 2) ** channels
 
     def init_state(self, batch_size: int, device: torch.device) -> Carry:

@@ -41,10 +41,10 @@ class S4DMixer(RecurrentMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A = -1/2 + i pi n, or -1/2 + i N/pi (N / (2 n + 1) - 1) with N twice the states."""
-        channels = (torch.arange(self.state_width) + 0.5) / self.state_width
+        channels = (torch.arange(self.state_width, device="cpu") + 0.5) / self.state_width
         slowest = min(1 / self.memory_tokens, LARGEST_STEP)
         self.log_step.copy_(math.log(slowest) + channels * math.log(LARGEST_STEP / slowest))
-        n, both = torch.arange(self.states), 2 * self.states
+        n, both = torch.arange(self.states, device="cpu"), 2 * self.states
         lin, inv = math.pi * n, both / math.pi * (both / (2 * n + 1) - 1)
         self.log_decay.fill_(math.log(0.5))
         self.frequency.copy_((lin if self.init == "lin" else inv).expand_as(self.frequency))
