@@ -2,12 +2,15 @@
 
 import json
 import math
+from contextlib import suppress
+from dataclasses import asdict
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.files import write_whole
 from models.flops import training_flops_per_token
-from trainer.events import Metrics
+from trainer.events import Metrics, Streamed
 from trainer.goodput import Goodput, Submission
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
 from trainer.worker import Worker
@@ -64,6 +67,10 @@ class MetricsWriter:
                 tag = group if "/" in group else f"{group}/{name}"
                 self._board.add_scalar(tag, value, metrics["step"])
 
+    def streamed(self, event: Streamed) -> None:
+        """How far a step is: TensorBoard shows it over the time."""
+        self._board.add_scalar("time/share_of_step", event.run / event.of, event.step)
+
     def evaluated(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """The held-out loss, beside that of training."""
         self._board.add_scalar("loss/held_out", loss, step)
@@ -97,7 +104,14 @@ class RunRecord:
         metrics = step_metrics(self._worker, {**measured, **counted})
         add_line(self._folder.sequences, {"step": measured["step"], "begins": begins})
         self._writer.write(metrics)
+        self._folder.progress.unlink(missing_ok=True)
         return metrics
+
+    def streamed(self, event: Streamed) -> None:
+        """How far a step is that takes its time, in progress.json until it is taken."""
+        with suppress(OSError):  # a full disk is told of by what must be written
+            write_whole(self._folder.progress, json.dumps(asdict(event)) + "\n")
+        self._writer.streamed(event)
 
     def add_evaluation(self, line: Line) -> None:
         """What was held out, after a step."""

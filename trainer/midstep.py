@@ -33,6 +33,7 @@ class Midstep:
     asked: Stop = Stop.NO
     due: Callable[[], bool] = lambda: False  # by any rank's clock
     save: Callable[["Midstep"], None] = lambda _: None  # every rank does
+    show: Callable[[Streamed], None] = lambda _: None  # rank 0 does
     micro_batch: int = 0  # of the step's, under way
     here: Position = field(default_factory=Position)  # in it
     # this rank's loss, of the micro-batches before
@@ -60,7 +61,9 @@ class Midstep:
         now, config = time.monotonic(), self.worker.config
         if self.runs and now - self.told > TELL_SECONDS:
             self.told, of = now, len(config.plan.reads) * config.accumulation
-            self.asked = self.worker.tell(Streamed(self.step + 1, self.runs, of, self.seconds))
+            event = Streamed(self.step + 1, self.runs, of, self.seconds)
+            self.asked = self.worker.tell(event)
+            self.show(event)
 
     def next_micro_batch(self, loss: Tensor) -> None:
         """This one had that loss."""

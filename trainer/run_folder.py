@@ -41,6 +41,7 @@ class RunFolder:
         self.data = self.path / INFO_NAME  # of what it was trained on
         self.tokenizer = self.path / TOKENIZER_NAME  # where it is not plain bytes
         self.metrics = self.path / "metrics.jsonl"
+        self.progress = self.path / "progress.json"  # of a streamed step that is under way
         self.sequences = self.path / "sequences.jsonl"  # the first token of each, by step
         self.starts = self.path / "starts.jsonl"  # trainer.goodput
         self.history = self.path / "configurations.jsonl"  # each that a start has changed

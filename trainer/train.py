@@ -167,6 +167,8 @@ class _Run:
         """Read, learn, record; what whoever watches asks for. Stopped amid a streamed one."""
         midstep, self.midstep = self.midstep or Midstep(self.stage, self.step), None
         midstep.asked, midstep.due, midstep.save = self.asked, self.schedule.overdue, self.save
+        if self.record:
+            midstep.show = self.record.streamed
         before = midstep.seconds  # of this step, in an earlier start
         started = time.perf_counter()
         save_seconds = self.schedule.take_held_up()

@@ -1,5 +1,6 @@
 """A step that ends in the middle, by a stop or a kill, goes on there, to the bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -96,7 +97,10 @@ def test_another_way_through_the_step_begins_it_anew(config_file):
         first = run_distributed(_stopped_at, 2, config_file, to, 3, 9, fresh=True)[0]
         assert len(figures(first)) == 2
         assert RunFolder(folder).saved()[0].name == "step-000002-000009"
+        progress = RunFolder(folder).progress
+        assert json.loads(progress.read_text()).items() >= {"step": 3, "run": 9}.items()
         events = run(config_file, 2, *to, change)
+        assert not progress.exists()
         assert "that step is begun anew" in " ".join(warnings(events))
         assert started_at(events) == 2
         for got, want in zip(figures(events), whole[2:], strict=True):
