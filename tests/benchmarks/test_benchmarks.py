@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
         ("bench_precision", 6),
         ("bench_relay", 9),
         ("bench_states", 6),
-        ("bench_context", 14),
+        ("bench_context", 10),
         ("bench_sharding", 1),
     ],
 )
