@@ -79,11 +79,11 @@ recall-data: setup
 marathon: setup
 	$(RUN) -m tests.benchmarks.marathon
 
-# A needle a million tokens back, learned over growing lengths, streamed and truncated: two hours.
+# A needle a million tokens back, learned over growing lengths, streamed and truncated: hours.
 needle: setup
 	$(RUN) -m tests.benchmarks.long_needle
 
-# Losses by position to 256K of models that were trained at 2K, 16K and 128K: about an hour.
+# Losses by position to 256K of models that were trained at 2K, 16K and 128K: long.
 context: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch compare configs/compare_context.yaml

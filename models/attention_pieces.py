@@ -15,8 +15,8 @@ from torch import Tensor
 from models.once import once
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_MASKED_ROWS = 512  # queries at a time where a kernel may want a mask: bounds it to so many rows
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_MASKED_ROWS = 512  # queries at a time where a kernel may want a mask: bounds it to so many rows
 
 
 def attend_pieces(
@@ -24,21 +24,14 @@ def attend_pieces(
 ) -> Tensor:
     """q [B, T, heads, d] over k, v [B, T, kv heads, d] causally, and over all that is before.
 
-    keys and values are pieces [B, kv heads, n, d], the oldest first. Returns [B, T, heads, d].
+    keys and values are pieces [B, kv heads, n, d], the oldest first, one at least. Returns
+    [B, T, heads, d].
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not keys:
-        return _causal(q, k, v).transpose(1, 2)
     if q.device.type != "cpu":
         return _joined(q, [*keys, k], [*values, v]).transpose(1, 2)
     pieces = [x.to(q.dtype) for pair in zip(keys, values, strict=True) for x in pair]
     return _Pieces.apply(q, k.contiguous(), v.contiguous(), *pieces).transpose(1, 2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
 
 
 def _joined(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from data_prep.mixture import Mixture
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
 from models.bounds import Fault, bound_faults
+from trainer.layout import AUTO
 from trainer.run_folder import RunFolder
 from trainer.settings import get, leaves_of
 from trainer.storage import address_fault
@@ -29,8 +30,6 @@ FIXED_KEYS = (
     "train.curriculum",
     "train.curriculum_steps",
 )
-
-
 FRAME_WIDTHS = ("observation_width", "action_width")
 
 
@@ -55,7 +54,7 @@ def value_faults(config: Config) -> Iterator[Fault]:
             f"{train.keep_segments} loses gradients at ZeRO stage 3, where DeepSpeed takes a "
             f"forward's before the next: leave it 1",
         )
-    if train.truncate and train.segment_len == "auto":
+    if train.truncate and train.segment_len == AUTO:
         yield (
             "train.segment_len",
             "auto goes by memory, and train.truncate learns by the segments: say their length",

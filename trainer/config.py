@@ -17,14 +17,13 @@ from data_prep.files import write_whole
 from models.bounds import Fault, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
-from trainer.layout import Layout, Plan, even_segments
+from trainer.layout import AUTO, Layout, Plan, even_segments
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge
 
 # fields of a model that its weights do not follow from
 NOT_OF_WEIGHTS = ("dropout", "memory_tokens", "window", "rope_base")
 LONG = 1e8  # seconds, three years
-AUTO = "auto"
 
 
 @dataclass

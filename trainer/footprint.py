@@ -18,13 +18,13 @@ from models.block import Block
 from models.flops import parameters
 from models.mixer import Carry
 from trainer.checks import length_faults
-from trainer.config import AUTO, Config
-from trainer.layout import even_segments
+from trainer.config import Config
+from trainer.layout import AUTO, even_segments
 from trainer.parallel.ulysses import head_copies
 from trainer.worker import Worker
 
 SHORT = 512  # tokens of a trial, and twice that: what grows between them grows with every token
-FASTEST = 32_768  # tokens of a worker's segment beyond which none was faster (bench_context)
+FASTEST = 32_768  # tokens of a worker's segment; bench_context has the speed by their length
 LEAST = 256  # below which the calls cost more than what they compute
 PLANNED = 0.6  # of a worker's memory: allocators leave gaps, and others live there too
 PROCESS = 700 << 20  # of Python, torch and DeepSpeed, before a model

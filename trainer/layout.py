@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+AUTO = "auto"  # a length of segments that is yet to be chosen (trainer/footprint.py)
+
 
 @dataclass(frozen=True)
 class Layout:

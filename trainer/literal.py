@@ -114,7 +114,7 @@ def _check_size(node: yaml.Node) -> None:
 
 
 def _is_number(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and bool(DECIMAL.fullmatch(node.value.lstrip("+-")))
+    return isinstance(node, yaml.ScalarNode) and bool(DECIMAL.fullmatch(node.value))
 
 
 def _is_null(node: yaml.Node) -> bool:

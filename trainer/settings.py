@@ -176,7 +176,8 @@ def leaves_of(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def described(root: Any) -> Iterator[tuple[str, str, str, str]]:
     """(key, type and bounds, default, meaning) of every setting; what its comment says it means."""
     for name, item, comment in _fields(root):
-        bounds = [shown(item.metadata.get("kind", item.type))]
+        kind = shown(item.metadata.get("kind", item.type))
+        bounds = [kind.replace("text", item.metadata.get("word") or "text")]
         for word, text in (("above", "above"), ("least", "at least"), ("below", "below")):
             if item.metadata.get(word) is not None:
                 bounds.append(f"{text} {item.metadata[word]}")
