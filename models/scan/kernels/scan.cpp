@@ -9,12 +9,14 @@
 //   TENSORS, PARTS        its inputs, and the values of a channel in each, [B, T, PARTS * H]
 //   DECAY_READS           how many of the values, the first ones, the decay is made of
 //   BACKWARD_READS        how many the backward is made of
+//   FORGETS               whether no decay is above one: what is forgotten does not come back
 //   decay(x), gates(x)    Decay (a and 1 - a), and Step (b with them) of h = a * h + b
 //   backward(q, previous, x, d)    Decay, and d, the gradients of the values, from the gradient q of
 //                                  h and the state before the step, 0 after a reset
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "threads.h"
@@ -23,14 +25,6 @@
 #include GATES_HEADER
 
 namespace {
-
-// Run body(channel, count of lanes) over n channels, a vector at a time.
-template <class S, class Body>
-inline void for_lanes(int64_t n, Body body) {
-  int64_t c = 0;
-  for (; c + LANES<S> <= n; c += LANES<S>) body(c, std::integral_constant<int64_t, LANES<S>>());
-  if (c < n) body(c, n - c);
-}
 
 template <int N>
 using First = std::make_integer_sequence<int, N>;  // 0 .. N - 1, each a constant to the compiler
@@ -97,12 +91,12 @@ struct Scan {
 
   bool reset(int64_t row, int64_t t) const { return p.reset && p.reset[row * p.steps + t]; }
 
-  // WRITE: write h of every step. Otherwise compose the steps' maps onto (decay, state).
-  template <bool WRITE, class AnyTile>
+  // Write h of every step.
+  template <class AnyTile>
   void forward(const AnyTile& tile, Passed<S> passed) const {
     const int64_t H = p.width, start = tile.row * p.steps + tile.begin;
     In x = In::at(p.x, start, H, tile.first, TENSORS);
-    T* out = static_cast<T*>(p.out[0]) + (WRITE ? start * H + tile.first : 0);
+    T* out = static_cast<T*>(p.out[0]) + start * H + tile.first;
     int64_t ahead = AnyTile::distant ? tile.next - tile.first / P : tile.ahead * H;
     const int64_t W = AnyTile::distant ? tile.width : H;  // channels fetched per step
     for (int64_t t = tile.begin; t < tile.end; ++t, x.advance(P * H, TENSORS), out += H, ahead += W - H) {
@@ -110,42 +104,58 @@ struct Scan {
       for_lanes<S>(tile.width, [&](int64_t c, auto count) {
         fetch(tile, x, c, W, ahead, ALL);
         const Step<V> step = R::gates(read(x, c, H, count, ALL));
-        const Decay<V> d = {step.a, step.c};
-        const Sum<V> h = decayed(passed.sum(c), d, step.b);
+        const Sum<V> h = decayed(passed.sum(c), {step.a, step.c}, step.b);
         passed.keep(c, h);
-        if constexpr (WRITE) {
-          tile.fetch_to_write(out + c + ahead);
-          store(out + c, h.value, count);
-        } else {
-          passed.decay_by(c, d);
-        }
+        tile.fetch_to_write(out + c + ahead);
+        store(out + c, h.value, count);
       });
     }
   }
 
-  // The maps of the gradient that flows from right to left, composed: G -> decay * G + state.
-  template <class AnyTile>
-  void summarize_backward(const AnyTile& tile, Passed<S> passed) const {
-    const int64_t H = p.width, ahead = tile.ahead * H, end = tile.row * p.steps + tile.end;
-    In x = In::at(p.x, end, H, tile.first, TENSORS);
-    const T* o = static_cast<const T*>(p.grad_h) + end * H + tile.first;
-    for (int64_t t = tile.end - 1; t >= tile.begin; --t) {
+  static INLINE Map<V> entered_by(V decay) { return {{decay, V{}}, {V{}, V{}}}; }
+  // A map's decay is the state of one who entered with 1 and is given nothing.
+  static INLINE Sum<V> decayed_by(Decay<V> d, Sum<V> decay) { return decayed(decay, d, V{}); }
+
+  // The map of steps [begin, end) of a vector of channels, h -> decay * h + given.
+  template <class Count>
+  INLINE Map<V> map(int64_t row, int64_t begin, int64_t end, int64_t channel, Count count) const {
+    const int64_t H = p.width;
+    In x = In::at(p.x, row * p.steps + begin, H, channel, TENSORS);
+    Map<V> map = entered_by(V{} + 1);
+    for (int64_t t = begin; t < end; ++t, x.advance(P * H, TENSORS)) {
+      if (reset(row, t)) map = entered_by(V{});
+      fetch(NextPiece(), x, 0, H, -MAPPED * H, ALL);
+      const Step<V> step = R::gates(read(x, 0, H, count, ALL));
+      const Decay<V> d = {step.a, step.c};
+      map.decay = decayed_by(d, map.decay);
+      map.given = decayed(map.given, d, step.b);
+    }
+    return map;
+  }
+
+  // The same of the gradient that flows from right to left, G -> decay * G + given.
+  template <class Count>
+  INLINE Map<V> map_backward(int64_t row, int64_t begin, int64_t end, int64_t channel,
+                             Count count) const {
+    const int64_t H = p.width, last = row * p.steps + end;
+    In x = In::at(p.x, last, H, channel, TENSORS);
+    const T* o = static_cast<const T*>(p.grad_h) + last * H + channel;
+    Map<V> map = entered_by(V{} + 1);
+    for (int64_t t = end - 1; t >= begin; --t) {
       x.advance(-P * H, TENSORS);
       o -= H;
-      if (reset(tile.row, t)) {
-        passed.clear(tile.width);
+      if (reset(row, t)) {
+        map = entered_by(V{});
         continue;
       }
-      for_lanes<S>(tile.width, [&](int64_t c, auto count) {
-        tile.fetch(o + c - ahead);
-        fetch(tile, x, c, H, -ahead, DECAY);
-        const Decay<V> d = R::decay(read(x, c, H, count, DECAY));
-        const Sum<V> flow = passed.sum(c);
-        const V given = load(o + c, count);
-        passed.keep(c, flowed(flow, d, V(given + flow.value), given));
-        passed.decay_by(c, d);
-      });
+      NextPiece::fetch(o + MAPPED * H);
+      fetch(NextPiece(), x, 0, H, MAPPED * H, DECAY);
+      const Decay<V> d = R::decay(read(x, 0, H, count, DECAY));
+      const V given = load(o, count);
+      map.decay = decayed_by(d, map.decay);
+      map.given = flowed(map.given, d, V(given + map.given.value), given);
     }
+    return map;
   }
 
   // Write the gradients of the inputs; The state is G, the gradient that flows from right to left.
@@ -190,15 +200,16 @@ template <class R, class T, class S>
 void run_kernel(int kernel, const Arguments& p) {
   const Scan<R, T, S> scan{p};
   const auto start = [&](bool backwards, auto body) { run<S>(p, sizeof(T), backwards, body); };
+  const double least = R::FORGETS ? std::numeric_limits<S>::min() : 0;
   switch (kernel) {
     case FORWARD:
-      return start(false, [&](auto& tile, auto h) { scan.template forward<true>(tile, h); });
+      return start(false, [&](auto& tile, auto h) { scan.forward(tile, h); });
     case SUMMARIZE:
-      return start(false, [&](auto& tile, auto map) { scan.template forward<false>(tile, map); });
+      return compose<S>(p, false, least, [&](auto... of) { return scan.map(of...); });
     case BACKWARD:
       return start(true, [&](auto& tile, auto flow) { scan.backward(tile, flow); });
     case SUMMARIZE_BACKWARD:
-      return start(true, [&](auto& tile, auto map) { scan.summarize_backward(tile, map); });
+      return compose<S>(p, true, least, [&](auto... of) { return scan.map_backward(of...); });
   }
 }
 

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -19,6 +21,7 @@ constexpr int64_t BLOCK = 512;      // channels at a time: their states fit L1 m
 constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's own stream
 constexpr int64_t PIECE = 512;      // bytes of a row that a thread wants for itself: see `run`
 constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
+constexpr int64_t MAPPED = 64;      // steps of a piece whose map is composed with others
 constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
 
 constexpr int MOST = 4;  // inputs, and values of a channel
@@ -53,25 +56,35 @@ struct Tile {
   }
 };
 
-// What a tile leaves to the next, of some channels: a state or a gradient's flow, and the decay of
-// all steps so far, each with what rounding has left of it.
+// What a tile leaves to the next, of some channels: a state or a gradient's flow, with what rounding
+// has left of it.
 template <class S>
 struct Passed {
-  S *state, *state_rest, *decay, *decay_rest;
+  S *state, *state_rest;
 
   INLINE Sum<Vec<S>> sum(int64_t c) const { return {load(state + c), load(state_rest + c)}; }
   INLINE void keep(int64_t c, Sum<Vec<S>> sum) const {
     store(state + c, sum.value);
     store(state_rest + c, sum.rest);
   }
-  // The decay is the state of one who entered with 1 and is given nothing.
-  INLINE void decay_by(int64_t c, Decay<Vec<S>> d) const {
-    const Sum<Vec<S>> sum = decayed({load(decay + c), load(decay_rest + c)}, d, Vec<S>{});
-    store(decay + c, sum.value);
-    store(decay_rest + c, sum.rest);
-  }
   void clear(int64_t width) const {
-    for (S* each : {state, state_rest, decay, decay_rest}) std::fill(each, each + width, S(0));
+    for (S* each : {state, state_rest}) std::fill(each, each + width, S(0));
+  }
+};
+
+// Channels in groups of whole vectors, as equal as can be, of which the last may be narrower.
+struct Groups {
+  int64_t count, width;
+
+  static Groups of(int64_t channels, int64_t wanted) {
+    const int64_t width = ((channels + wanted - 1) / wanted + 15) / 16 * 16;
+    return {(channels + width - 1) / width, width};
+  }
+  // At most BLOCK channels each, and enough of them that no thread is without.
+  static Groups for_threads(const Arguments& p) {
+    int64_t count = (p.width + BLOCK - 1) / BLOCK;
+    while (p.batch * count < p.threads && p.width / (count + 1) >= 16) ++count;
+    return of(p.width, count);
   }
 };
 
@@ -79,6 +92,14 @@ template <class S>
 struct alignas(64) Aligned {
   S channels[16];
 };
+
+// Run body(channel, count of lanes) over n channels, a vector at a time.
+template <class S, class Body>
+inline void for_lanes(int64_t n, Body body) {
+  int64_t c = 0;
+  for (; c + LANES<S> <= n; c += LANES<S>) body(c, std::integral_constant<int64_t, LANES<S>>());
+  if (c < n) body(c, n - c);
+}
 
 // Run body(tile, passed) over all steps of all channels of all rows.
 //
@@ -93,34 +114,23 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
   const auto enter = [&](int64_t row, int64_t first, int64_t width, Passed<S> passed) {
     const S* entering = static_cast<const S*>(p.state_in);
     passed.clear(width);
-    std::fill(passed.decay, passed.decay + width, S(1));
     if (entering) std::memcpy(passed.state, entering + row * H + first, width * sizeof(S));
   };
   const auto leave = [&](int64_t row, int64_t first, int64_t width, Passed<S> passed) {
-    const int64_t at = row * H + first;
-    if (p.state) std::memcpy(static_cast<S*>(p.state) + at, passed.state, width * sizeof(S));
-    for (int64_t c = 0; c < (p.span_decay ? width : 0); ++c) {
-      p.span_decay[at + c] = double(passed.decay[c]) + passed.decay_rest[c];
-      p.span_state[at + c] = double(passed.state[c]) + passed.state_rest[c];
-    }
+    std::memcpy(static_cast<S*>(p.state) + row * H + first, passed.state, width * sizeof(S));
   };
-  // Groups of whole vectors, as equal as can be, of which the last may be narrower.
-  const auto group_width = [&](int64_t n) { return ((H + n - 1) / n + 15) / 16 * 16; };
   const auto narrower = [](int64_t a, int64_t b) { return a < b ? a : b; };
 
   const int64_t length = TILE / H + 1, tiles = (p.steps + length - 1) / length;
   const bool narrow = H < 16 * p.threads;  // fewer groups of whole vectors than threads
   if (p.batch >= p.threads || row_bytes / p.threads >= PIECE || narrow || tiles < 2 * p.threads) {
-    int64_t groups = (H + BLOCK - 1) / BLOCK;
-    while (p.batch * groups < p.threads && H / (groups + 1) >= 16) ++groups;
-    const int64_t width = group_width(groups);
-    groups = (H + width - 1) / width;
+    const auto [groups, width] = Groups::for_threads(p);
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
     for (int64_t task = 0; task < p.batch * groups; ++task) {
       const int64_t row = task / groups, first = task % groups * width;
       const int64_t own = narrower(width, H - first);
-      alignas(64) S here[4][BLOCK];
-      const Passed<S> passed{here[0], here[1], here[2], here[3]};
+      alignas(64) S here[2][BLOCK];
+      const Passed<S> passed{here[0], here[1]};
       enter(row, first, own, passed);
       const Tile<false> tile{row, 0, p.steps, first, own, NEAR / row_bytes + 1, 0};
       body(tile, passed);
@@ -129,12 +139,12 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
     return;
   }
 
-  const int64_t width = group_width(SHARES * p.threads), groups = (H + width - 1) / width;
+  const auto [groups, width] = Groups::of(H, SHARES * p.threads);
   struct alignas(64) Progress {  // alone on its cache line
     std::atomic<int64_t> tiles{0};  // of all rows, in the order of the scan
   };
   std::vector<Progress> progress(groups);
-  std::vector<Aligned<S>> here(4 * groups * width / 16);
+  std::vector<Aligned<S>> here(2 * groups * width / 16);
 #pragma omp parallel num_threads(p.threads)
   {
     const int64_t threads = omp_get_num_threads();
@@ -143,8 +153,8 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
       const int64_t begin = i * length, end = narrower(begin + length, p.steps);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * width, own = narrower(width, H - first);
-        S* own_here = here.front().channels + 4 * first;
-        const Passed<S> passed{own_here, own_here + width, own_here + 2 * width, own_here + 3 * width};
+        S* own_here = here.front().channels + 2 * first;
+        const Passed<S> passed{own_here, own_here + width};
         unsigned spins = 0;
         while (progress[g].tiles.load(std::memory_order_acquire) != n)
           if (++spins % 1024 == 0) sched_yield();  // there may be more threads than processors
@@ -155,6 +165,59 @@ void run(const Arguments& p, int64_t element_bytes, bool backwards, Body body) {
         if (n % tiles == tiles - 1) leave(row, first, own, passed);
         progress[g].tiles.store(n + 1, std::memory_order_release);
       }
+    }
+  }
+}
+
+// What a map's piece fetches: the same step of the next one asked.
+struct NextPiece {
+  static INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+};
+
+// The map of some steps of a vector of channels: state -> decay * state + given.
+template <class V>
+struct Map {
+  Sum<V> decay, given;
+};
+
+// Compose the maps of pieces of time to that of all steps, p.span_decay and p.span_state.
+//
+// The piece that comes last is asked first: piece(row, begin, end, channel, lanes) is its Map. What
+// comes before it enters through its decay, and through those of all pieces asked so far; once no
+// more than `least` of one would get through, nothing earlier is read. Gates forget fast, so that
+// of a long shard it is mostly the end that counts. Last is last in the scan: where that goes
+// backwards, it is the piece that begins at step 0.
+template <class S, class Piece>
+void compose(const Arguments& p, bool backwards, double least, Piece piece) {
+  const int64_t H = p.width, pieces = (p.steps + MAPPED - 1) / MAPPED;
+  const auto [groups, width] = Groups::for_threads(p);
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
+  for (int64_t task = 0; task < p.batch * groups; ++task) {
+    const int64_t row = task / groups, first = task % groups * width;
+    const int64_t own = width < H - first ? width : H - first;
+    double* const decay = p.span_decay + row * H + first;
+    double* const given = p.span_state + row * H + first;
+    std::fill(decay, decay + own, 1.0);
+    std::fill(given, given + own, 0.0);
+    bool open[BLOCK / LANES<S>];  // vectors of channels that are not done
+    std::fill(open, open + BLOCK / LANES<S>, true);
+    bool any = true;
+    for (int64_t n = 0; n < pieces && any; ++n) {
+      const int64_t i = backwards ? n : pieces - 1 - n;
+      const int64_t begin = i * MAPPED, end = begin + MAPPED < p.steps ? begin + MAPPED : p.steps;
+      any = false;
+      for_lanes<S>(own, [&](int64_t c, auto lanes) {
+        bool& its = open[c / LANES<S>];
+        if (!its) return;
+        const Map<Vec<S>> map = piece(row, begin, end, first + c, lanes);
+        its = false;
+        for (int64_t l = 0; l < lanes; ++l) {
+          given[c + l] += decay[c + l] * (double(map.given.value[l]) + map.given.rest[l]);
+          decay[c + l] *= double(map.decay.value[l]) + map.decay.rest[l];
+          its |= !(std::abs(decay[c + l]) <= least);  // of NaN too the rest is read
+        }
+        any |= its;
+      });
     }
   }
 }

@@ -14,6 +14,7 @@ from models.scan import (
     mingru_scan,
     minlstm_scan,
     native,
+    reference,
     scan,
 )
 from models.scan.recurrences.mingru import MinGRU
@@ -132,6 +133,42 @@ def summaries(
     forward = native.summarize(problem)
     backward = native.summarize_backward(problem, grad_h)
     return [forward.decay, forward.state, backward.decay, backward.state]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_spans_of_what_was_forgotten(name, threads):
+    """A span is that of all steps, although it reads the first ones only where they still count."""
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, 2, 2000, 40, torch.float32, shift=-1)
+    remembers = {"linear": 0.999, "linear-complement": 1e-3, "mingru": -9.0}
+    inputs[0].data[:, :, 7] = remembers.get(name, 9.0)  # minLSTM's forget gate
+    if recurrence.parts == 3:
+        inputs[0].data[:, :, 40 + 7] = -9  # and its input gate
+    grad_h = torch.randn(2, 2000, 40)
+    wide = Problem(recurrence, tuple(x.detach().double() for x in inputs))
+    definition = [reference.summarize(wide), reference.summarize_backward(wide, grad_h.double())]
+    threads(1)
+    for at, found in enumerate(summaries(recurrence, inputs, grad_h, None)):
+        exact = definition[at // 2]
+        want = exact.decay if at % 2 == 0 else exact.state
+        torch.testing.assert_close(found, want, rtol=2e-5, atol=1e-6)
+    forgotten = definition[0].decay[0] < 1e-50
+    assert forgotten[16:32].all() and not forgotten[7]  # of which the first vectors stop early
+
+
+def test_what_was_forgotten_comes_back_where_decays_may_be_above_one():
+    a = torch.full((1, 500, 3), 2.0)
+    a[:, :150] = a[:, -150:] = 0.5  # from either end 2^-150 first, then 2^50
+    problem = Problem(RECURRENCES["linear"], (a, torch.ones_like(a)))
+    wide = Problem(problem.recurrence, tuple(x.double() for x in problem.inputs))
+    for grad_h in (None, torch.ones_like(a)):
+        if grad_h is None:
+            span, want = native.summarize(problem), reference.summarize(wide)
+        else:
+            span = native.summarize_backward(problem, grad_h)
+            want = reference.summarize_backward(wide, grad_h.double())
+        assert (span.decay == want.decay).all() and (want.state[0] > 2.0**49).all()
+        torch.testing.assert_close(span.state, want.state, rtol=1e-6, atol=0)
 
 
 @pytest.fixture

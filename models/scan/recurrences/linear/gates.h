@@ -7,6 +7,7 @@ namespace {
 struct Linear {
   static constexpr int TENSORS = 2, PARTS = 1;  // a; b
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 1;
+  static constexpr bool FORGETS = false;
 
   template <class V>
   static INLINE Decay<V> decay(const Values<V>& x) {
@@ -27,6 +28,7 @@ struct Linear {
 struct Complement {
   static constexpr int TENSORS = 2, PARTS = 1;  // c; b
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 1;
+  static constexpr bool FORGETS = false;
 
   template <class V>
   static INLINE Decay<V> decay(const Values<V>& x) {

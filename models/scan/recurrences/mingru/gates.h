@@ -9,6 +9,7 @@ namespace {
 struct MinGRU {
   static constexpr int TENSORS = 1, PARTS = 2;
   static constexpr int DECAY_READS = 1, BACKWARD_READS = 2;
+  static constexpr bool FORGETS = true;
 
   template <class V>
   static INLINE Decay<V> decay(const Values<V>& x) {

@@ -11,6 +11,7 @@ template <bool NORMALIZE>
 struct MinLSTM {
   static constexpr int TENSORS = 1, PARTS = 3;
   static constexpr int DECAY_READS = NORMALIZE ? 2 : 1, BACKWARD_READS = 3;
+  static constexpr bool FORGETS = true;
 
   // exp(-f) and exp(-i). Only f - i matters once both gates are all but closed: they are kept where
   // exp_minus has room below them.
