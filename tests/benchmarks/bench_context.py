@@ -4,7 +4,7 @@
 
 Streamed in segments, whole, and with activations computed again. One worker on one thread, the
 trainer's own step on random tokens, a process a cell; a cell that takes longer than the limit, or
-more memory, ends its line. Writes results/context_*.md, .csv and .png.
+will as the last ones grew, or more memory, ends its line. Writes results/context_*.md, .csv and .png.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from tests.benchmarks import results
 from trainer.config import Config, LaunchConfig, OptimConfig, TrainConfig
 
 SEGMENT = 16_384
-SHORTEST = 4_096
+SHORTEST, GROWTH = 4_096, 4
 SECONDS = 1200.0  # of a cell
-WARMED = 1 << 17  # tokens of a step, up to which one before it is not timed
+STEPS, TIMED = 9, 10.0  # the median of so many, or of as many as fit into so many seconds
+LONG = 30.0  # seconds of a step, from which none before it is needed
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4  # bytes, of a cell
 LINES: dict[str, tuple[str, dict[str, Any]]] = {  # mixer, and how a sequence goes through it
     "minGRU, streamed": ("mingru", {"segment_len": SEGMENT}),
@@ -32,6 +33,7 @@ LINES: dict[str, tuple[str, dict[str, Any]]] = {  # mixer, and how a sequence go
     "attention, whole": ("attention", {}),
 }
 SEGMENTED = ("minGRU, streamed", "window, streamed")
+CUT = 1 << 17  # tokens that are cut into segments of these sizes
 SIZES = [1024 << doubled for doubled in range(8)]
 
 
@@ -49,19 +51,25 @@ def _config(line: str, length: int, longest_segment: int) -> Config:
 
 def measured(lengths: tuple[int, int], segment: int) -> list[dict[str, Any]]:
     """A row for each line and length, until a line's cell fails."""
-    rows, given_up = [], set()
+    rows = []
+    taken: dict[str, list[float]] = {name: [] for name in LINES}  # seconds of a step
     length, longest = lengths
     while length <= longest:
-        for name in LINES:
-            if name in given_up:
-                continue
-            found = _cost(_config(name, length, segment))
+        for name in list(taken):
+            found = _cost(_config(name, length, segment), _expected(taken[name]))
             if found["MB over idle"] is None:
-                given_up.add(name)
+                del taken[name]
+            else:
+                taken[name].append(length / found["tokens/s"])
             rows.append({"line": name, "tokens": length, **found})
             print(rows[-1], flush=True)
-        length *= 4
+        length *= GROWTH
     return rows
+
+
+def _expected(taken: list[float]) -> float:
+    """Seconds of the next length's step, if it grows as the last one did."""
+    return taken[-1] * max(GROWTH, taken[-1] / taken[-2]) if len(taken) > 1 else 0.0
 
 
 def by_segment(length: int, segments: list[int]) -> list[dict[str, Any]]:
@@ -76,10 +84,12 @@ def by_segment(length: int, segments: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cost(config: Config) -> dict[str, Any]:
-    """Tokens per second and memory of a step; why not, where it fails."""
+def _cost(config: Config, expected: float = 0.0) -> dict[str, Any]:
+    """Tokens per second and memory of a step of `expected` seconds; why not, where it fails."""
+    if expected > SECONDS:
+        return {"tokens/s": f"not tried: about {expected:,.0f} s", "MB over idle": None}
     length = config.train.seq_len
-    how = (1, 0.0, 1 if length <= WARMED else 0)
+    how = (STEPS, TIMED, 1 if expected < LONG else 0)
     call = Call("trainer.measure:measure_training", config, how, SECONDS, MEMORY)
     cost = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
     if isinstance(cost, Failed):
@@ -101,13 +111,13 @@ def main() -> None:
     options = parser.parse_args()
     lengths = (512, 512) if options.quick else (SHORTEST, options.longest)
     rows = measured(lengths, 512 if options.quick else SEGMENT)
-    length, sizes = (2048, [512]) if options.quick else (WARMED, SIZES)
+    length, sizes = (2048, [512]) if options.quick else (CUT, SIZES)
     cut = by_segment(length, sizes)
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n2 layers of width 64, fp32, one thread, segments of {SEGMENT:,} tokens, windows of "
-        f"256; up to {WARMED:,} tokens the second step of two. A cell ends after {SECONDS:.0f} s "
-        f"or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
+        f"256; the median of {STEPS} steps, or of as many as fit into {TIMED:.0f} s. A cell ends after "
+        f"{SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
     )
     text += results.table(rows)
     text += f"\nTokens per second of {length:,} tokens by the length of a segment:\n\n"
