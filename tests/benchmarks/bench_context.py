@@ -4,7 +4,8 @@
 
 Streamed in segments, whole, and with activations computed again. One worker on one thread, the
 trainer's own step on random tokens, a process a cell; a cell that takes longer than the limit, or
-will as the last ones grew, or more memory, ends its line. Writes results/context_*.md, .csv and .png.
+will as the last ones grew, or more memory, ends its line. Writes results/context_*.md, .csv and
+.png.
 """
 
 import argparse
@@ -116,8 +117,8 @@ def main() -> None:
     text = "# One step over the length of its sequence\n\n" + results.circumstances()
     text += (
         f"\n2 layers of width 64, fp32, one thread, segments of {SEGMENT:,} tokens, windows of "
-        f"256; the median of {STEPS} steps, or of as many as fit into {TIMED:.0f} s. A cell ends after "
-        f"{SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
+        f"256; the median of {STEPS} steps, or of as many as fit into {TIMED:.0f} s. A cell ends "
+        f"after {SECONDS:.0f} s or at {MEMORY / 2**30:.0f} GiB, and its line with it.\n\n"
     )
     text += results.table(rows)
     text += f"\nTokens per second of {length:,} tokens by the length of a segment:\n\n"

@@ -153,7 +153,8 @@ def test_spans_of_what_was_forgotten(name, threads):
         want = exact.decay if at % 2 == 0 else exact.state
         torch.testing.assert_close(found, want, rtol=2e-5, atol=1e-6)
     forgotten = definition[0].decay[0] < 1e-50
-    assert forgotten[16:32].all() and not forgotten[7]  # of which the first vectors stop early
+    assert forgotten[16:32].all()  # this vector of channels stops early,
+    assert not forgotten[7]  # and that one does not
 
 
 def test_what_was_forgotten_comes_back_where_decays_may_be_above_one():
@@ -167,7 +168,8 @@ def test_what_was_forgotten_comes_back_where_decays_may_be_above_one():
         else:
             span = native.summarize_backward(problem, grad_h)
             want = reference.summarize_backward(wide, grad_h.double())
-        assert (span.decay == want.decay).all() and (want.state[0] > 2.0**49).all()
+        assert (span.decay == want.decay).all()
+        assert (want.state[0] > 2.0**49).all()
         torch.testing.assert_close(span.state, want.state, rtol=1e-6, atol=0)
 
 
