@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_sharding [--quick]
 
 The demo's model on random tokens, as many a worker either way, steps of both kinds in turn in the
-same two processes of one thread. Writes results/sharding_*.md.
+same two processes of one thread. Memories are spread up to 1,024 tokens, as they are where nothing
+is said, and up to a shard, of which a shard's map must read more. Writes results/sharding_*.md.
 """
 
 import argparse
@@ -17,13 +18,22 @@ from trainer.config import Config, LaunchConfig, OptimConfig, ParallelConfig, Tr
 from trainer.measure import timed_steps
 from trainer.worker import Worker
 
-MIXERS: list[Any] = ["mingru", "minlstm", "window", ["mingru", "mingru", "window"]]
 TOKENS = [2048, 8192, 32768]  # of a worker
+MEMORY = 1024
+Row = tuple[Any, int, int]  # mixer, tokens of a worker, memories to so many tokens
+ROWS: list[Row] = [
+    *((mixer, tokens, MEMORY) for mixer in ("mingru", "minlstm", "window") for tokens in TOKENS),
+    *((["mingru", "mingru", "window"], tokens, MEMORY) for tokens in TOKENS),
+    *((mixer, TOKENS[-1], TOKENS[-1]) for mixer in ("mingru", "minlstm")),
+]
 
 
-def _config(mixer: Any, tokens: int, sp: int, layers: int, width: int) -> Config:
+def _config(row: Row, sp: int, layers: int, width: int) -> Config:
+    mixer, tokens, memory = row
     return Config(
-        model=ModelConfig(mixer=mixer, layers=layers, width=width, window=256),
+        model=ModelConfig(
+            mixer=mixer, layers=layers, width=width, window=256, memory_tokens=memory
+        ),
         train=TrainConfig(seq_len=tokens * sp, batch_size=2 // sp),
         parallel=ParallelConfig(sp=sp),
         optim=OptimConfig(warmup_steps=0),
@@ -45,14 +55,16 @@ def _steps(configs: list[Config], rounds: int) -> list[list[tuple[float, float]]
     return taken
 
 
-def measured(mixer: Any, tokens: int, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """A row: medians over the rounds, of rank 0."""
-    configs = [_config(mixer, tokens, sp, *shape) for sp in (1, 2)]
+def measured(row: Row, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Medians over the rounds, of rank 0."""
+    configs = [_config(row, sp, *shape) for sp in (1, 2)]
     apart, shared = run_distributed(_steps, 2, configs, rounds, fresh=True)[0]
     ratios = [one / other for (one, _), (other, _) in zip(apart, shared, strict=True)]
+    mixer, tokens, memory = row
     return {
         "mixer": mixer if isinstance(mixer, str) else "+".join(mixer),
         "tokens a worker": tokens,
+        "memories to": memory,
         "dp=2, ms": round(1e3 * median(seconds for seconds, _ in apart), 1),
         "sp=2, ms": round(1e3 * median(seconds for seconds, _ in shared), 1),
         "of it in exchanges, ms": round(1e3 * median(waited for _, waited in shared), 1),
@@ -65,13 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small shape, nothing written")
     options = parser.parse_args()
-    mixers, lengths = (MIXERS[:1], [64]) if options.quick else (MIXERS, TOKENS)
+    asked = [("mingru", 64, MEMORY)] if options.quick else ROWS
     shape, rounds = ((2, 16), 2) if options.quick else ((4, 128), 12)
     rows = []
-    for mixer in mixers:
-        for tokens in lengths:
-            rows.append(measured(mixer, tokens, shape, rounds))
-            print(rows[-1], flush=True)
+    for row in asked:
+        rows.append(measured(row, shape, rounds))
+        print(rows[-1], flush=True)
     text = "# What sharing a sequence costs a step\n\n" + results.circumstances()
     text += (
         f"\n{shape[0]} layers of width {shape[1]}, fp32, two processes of one thread; {rounds} "

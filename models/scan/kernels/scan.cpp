@@ -15,6 +15,7 @@
 //                                  h and the state before the step, 0 after a reset
 
 #include <cstdint>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -200,7 +201,7 @@ template <class R, class T, class S>
 void run_kernel(int kernel, const Arguments& p) {
   const Scan<R, T, S> scan{p};
   const auto start = [&](bool backwards, auto body) { run<S>(p, sizeof(T), backwards, body); };
-  const double least = R::FORGETS ? std::numeric_limits<S>::min() : 0;
+  const double least = R::FORGETS ? std::ldexp(std::numeric_limits<S>::epsilon(), -40) : 0;
   switch (kernel) {
     case FORWARD:
       return start(false, [&](auto& tile, auto h) { scan.forward(tile, h); });

@@ -183,10 +183,10 @@ struct Map {
 // Compose the maps of pieces of time to that of all steps, p.span_decay and p.span_state.
 //
 // The piece that comes last is asked first: piece(row, begin, end, channel, lanes) is its Map. What
-// comes before it enters through its decay, and through those of all pieces asked so far; once no
-// more than `least` of one would get through, nothing earlier is read. Gates forget fast, so that
-// of a long shard it is mostly the end that counts. Last is last in the scan: where that goes
-// backwards, it is the piece that begins at step 0.
+// comes before enters through its decay and those of all pieces asked so far; where of a state no
+// more than `least` of it would get through, nothing earlier is read. Gates forget, so that of a long
+// shard it is mostly the end that counts. Last is last in the scan: where that goes backwards, it is
+// the piece that begins at step 0.
 template <class S, class Piece>
 void compose(const Arguments& p, bool backwards, double least, Piece piece) {
   const int64_t H = p.width, pieces = (p.steps + MAPPED - 1) / MAPPED;
