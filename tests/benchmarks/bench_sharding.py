@@ -22,9 +22,9 @@ TOKENS = [2048, 8192, 32768]  # of a worker
 MEMORY = 1024
 Row = tuple[Any, int, int]  # mixer, tokens of a worker, memories to so many tokens
 ROWS: list[Row] = [
-    *((mixer, tokens, MEMORY) for mixer in ("mingru", "minlstm", "window") for tokens in TOKENS),
-    *((["mingru", "mingru", "window"], tokens, MEMORY) for tokens in TOKENS),
-    *((mixer, TOKENS[-1], TOKENS[-1]) for mixer in ("mingru", "minlstm")),
+    *((mixer, tokens, MEMORY) for mixer in ("mingru", "minlstm") for tokens in TOKENS),
+    *((mixer, TOKENS[-1], MEMORY) for mixer in ("window", ["mingru", "mingru", "window"])),
+    ("mingru", TOKENS[-1], TOKENS[-1]),
 ]
 
 
