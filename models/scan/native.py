@@ -66,7 +66,7 @@ def empty(problem: Problem) -> tuple[Span, Scanned]:
 
 
 def summarize(problem: Problem) -> Span:
-    """Reads the inputs once."""
+    """Reads the inputs once at most, from their end."""
     if problem.recurrence.native_states:
         return native_states.summarize(problem)
     span = problem.new_span()

@@ -53,13 +53,14 @@ def launch(*arguments: str) -> None:
 
 def make_data(folder: Path, stage: Stage) -> Path:
     """Needles at a quarter, a half and all of the length, in turn."""
-    out = folder / f"data-{stage.tokens}"
+    count = stage.batch * -(-stage.steps * 4 // 3)
+    out = folder / f"data-{stage.tokens}-{count}"
     most = stage.tokens - 2 * ANSWER
     distances = [stage.tokens // 4, stage.tokens // 2, most]
     sizes = {
         "length": stage.tokens,
         "tokens": ANSWER,
-        "train": stage.batch * -(-stage.steps * 4 // 3),
+        "train": count,
         "held-out": EVALUATED,
         "distances": ",".join(map(str, distances)),
     }

@@ -1,6 +1,6 @@
 // The scan on a CPU, at the speed of memory: time is the outer loop, a block of channels the inner
 // one, their states stay in L1, and gates are computed on the way. Every input is read once and
-// every output written once. Plain C++ behind a C interface (../native.py builds and loads it), so
+// every output written once; for the map of all steps only what counts is read. Plain C++ behind a C interface (../native.py builds and loads it), so
 // that it builds in seconds without torch's headers. ../README.md has the mathematics.
 //
 // The gates are a type R of a header of their own (../recurrences), both named by the compiler's
@@ -52,7 +52,8 @@ struct Rows {
   }
 };
 
-// The four kernels over one tile. What is `passed` enters as the tile's neighbour left it.
+// Both scans over one tile, where what is `passed` enters as the tile's neighbour left it; and the
+// maps of some steps of a vector of channels.
 template <class R, class T, class S>
 struct Scan {
   static constexpr int P = R::PARTS, VALUES = R::TENSORS * R::PARTS;
@@ -67,6 +68,8 @@ struct Scan {
   static constexpr First<VALUES> ALL{};
   static constexpr First<R::DECAY_READS> DECAY{};
   static constexpr First<R::BACKWARD_READS> BACKWARD{};
+  // Steps of a map that is composed with others: fewer where decays above one could overflow.
+  static constexpr int64_t MAPPED = R::FORGETS ? 64 : 16;
   const Arguments& p;
 
   template <class Count, int... I>
@@ -206,11 +209,11 @@ void run_kernel(int kernel, const Arguments& p) {
     case FORWARD:
       return start(false, [&](auto& tile, auto h) { scan.forward(tile, h); });
     case SUMMARIZE:
-      return compose<S>(p, false, least, [&](auto... of) { return scan.map(of...); });
+      return compose<S>(p, false, scan.MAPPED, least, [&](auto... of) { return scan.map(of...); });
     case BACKWARD:
       return start(true, [&](auto& tile, auto flow) { scan.backward(tile, flow); });
     case SUMMARIZE_BACKWARD:
-      return compose<S>(p, true, least, [&](auto... of) { return scan.map_backward(of...); });
+      return compose<S>(p, true, scan.MAPPED, least, [&](auto... of) { return scan.map_backward(of...); });
   }
 }
 

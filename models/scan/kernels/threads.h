@@ -21,7 +21,6 @@ constexpr int64_t BLOCK = 512;      // channels at a time: their states fit L1 m
 constexpr int64_t NEAR = 2048;      // bytes to fetch ahead within a thread's own stream
 constexpr int64_t PIECE = 512;      // bytes of a row that a thread wants for itself: see `run`
 constexpr int64_t TILE = 1 << 15;   // elements of [steps, channels] in a tile: L2 holds two of each
-constexpr int64_t MAPPED = 64;      // steps of a piece whose map is composed with others
 constexpr int64_t SHARES = 2;       // groups of channels per thread: slack in the wait for a tile
 
 constexpr int MOST = 4;  // inputs, and values of a channel
@@ -180,7 +179,7 @@ struct Map {
   Sum<V> decay, given;
 };
 
-// Compose the maps of pieces of time to that of all steps, p.span_decay and p.span_state.
+// Compose the maps of pieces of so many steps to that of all, p.span_decay and p.span_state.
 //
 // The piece that comes last is asked first: piece(row, begin, end, channel, lanes) is its Map. What
 // comes before enters through its decay and those of all pieces asked so far; where of a state no
@@ -188,8 +187,8 @@ struct Map {
 // shard it is mostly the end that counts. Last is last in the scan: where that goes backwards, it is
 // the piece that begins at step 0.
 template <class S, class Piece>
-void compose(const Arguments& p, bool backwards, double least, Piece piece) {
-  const int64_t H = p.width, pieces = (p.steps + MAPPED - 1) / MAPPED;
+void compose(const Arguments& p, bool backwards, int64_t length, double least, Piece piece) {
+  const int64_t H = p.width, pieces = (p.steps + length - 1) / length;
   const auto [groups, width] = Groups::for_threads(p);
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
   for (int64_t task = 0; task < p.batch * groups; ++task) {
@@ -203,8 +202,8 @@ void compose(const Arguments& p, bool backwards, double least, Piece piece) {
     std::fill(open, open + BLOCK / LANES<S>, true);
     bool any = true;
     for (int64_t n = 0; n < pieces && any; ++n) {
-      const int64_t i = backwards ? n : pieces - 1 - n;
-      const int64_t begin = i * MAPPED, end = begin + MAPPED < p.steps ? begin + MAPPED : p.steps;
+      const int64_t begin = (backwards ? n : pieces - 1 - n) * length;
+      const int64_t end = begin + length < p.steps ? begin + length : p.steps;
       any = false;
       for_lanes<S>(own, [&](int64_t c, auto lanes) {
         bool& its = open[c / LANES<S>];
@@ -219,6 +218,10 @@ void compose(const Arguments& p, bool backwards, double least, Piece piece) {
         any |= its;
       });
     }
+    // through a reset that was not read nothing gets at all: 0 lets no NaN in
+    const uint8_t* const resets = p.reset + row * p.steps;
+    if (p.reset && std::any_of(resets, resets + p.steps, [](uint8_t r) { return r != 0; }))
+      std::fill(decay, decay + own, 0.0);
   }
 }
 

@@ -29,6 +29,8 @@ from tests.models.scan.cases import (
     outputs_and_gradients,
 )
 
+FORGETTING = ["mingru", "minlstm", "minlstm-unnormalized"]  # no decay of theirs is above one
+
 
 @pytest.mark.parametrize("where", ["none", "start", "edges", "random"])
 @pytest.mark.parametrize("shift", [0, 8, -8])
@@ -136,15 +138,16 @@ def summaries(
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_spans_of_what_was_forgotten(name, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_spans_of_what_was_forgotten(name, dtype, threads):
     """A span is that of all steps, although it reads the first ones only where they still count."""
-    recurrence = RECURRENCES[name]
-    inputs = make_inputs(recurrence, 2, 2000, 40, torch.float32, shift=-1)
+    recurrence, width = RECURRENCES[name], 40
+    inputs = make_inputs(recurrence, 2, 2000, width, dtype, shift=-1)
     remembers = {"linear": 0.999, "linear-complement": 1e-3, "mingru": -9.0}
     inputs[0].data[:, :, 7] = remembers.get(name, 9.0)  # minLSTM's forget gate
     if recurrence.parts == 3:
-        inputs[0].data[:, :, 40 + 7] = -9  # and its input gate
-    grad_h = torch.randn(2, 2000, 40)
+        inputs[0].data[:, :, width + 7] = -9  # and its input gate
+    grad_h = torch.randn(2, 2000, width).to(dtype)
     wide = Problem(recurrence, tuple(x.detach().double() for x in inputs))
     definition = [reference.summarize(wide), reference.summarize_backward(wide, grad_h.double())]
     threads(1)
@@ -152,9 +155,31 @@ def test_spans_of_what_was_forgotten(name, threads):
         exact = definition[at // 2]
         want = exact.decay if at % 2 == 0 else exact.state
         torch.testing.assert_close(found, want, rtol=2e-5, atol=1e-6)
-    forgotten = definition[0].decay[0] < 1e-50
-    assert forgotten[16:32].all()  # this vector of channels stops early,
-    assert not forgotten[7]  # and that one does not
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+def test_what_was_forgotten_is_not_read(name):
+    recurrence, width = RECURRENCES[name], 40
+    inputs = make_inputs(recurrence, 1, 2000, width, torch.float32, shift=-1)
+    grad_h = torch.randn(1, 2000, width)
+    inputs[0].data[:, :100] = torch.nan
+    assert native.summarize(Problem(recurrence, inputs)).state.isfinite().all()
+    assert native.summarize_backward(Problem(recurrence, inputs), grad_h).state.isnan().all()
+    inputs[0].data[:, :100], inputs[0].data[:, -100:] = 0, torch.nan
+    assert native.summarize(Problem(recurrence, inputs)).state.isnan().all()
+    assert native.summarize_backward(Problem(recurrence, inputs), grad_h).state.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("at", [5, 1000, 1995])
+def test_nothing_enters_through_a_reset_that_is_not_read(name, at):
+    recurrence = RECURRENCES[name]
+    inputs = make_inputs(recurrence, 2, 2000, 20, torch.float32)
+    reset = torch.zeros(2, 2000, dtype=torch.bool)
+    reset[1, at] = True
+    for decay in summaries(recurrence, inputs, torch.randn(2, 2000, 20), reset)[::2]:
+        assert (decay[0] != 0).all()
+        assert (decay[1] == 0).all()
 
 
 def test_what_was_forgotten_comes_back_where_decays_may_be_above_one():
