@@ -17,6 +17,7 @@ import argparse
 import statistics
 import sysconfig
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,35 +131,35 @@ def _measure(name: str, trained: Any, shard: int, repeats: int) -> dict[str, Any
     }
 
 
-def measured(shard: int, steps: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
-    """A row for each layer, training and number of ranks."""
+def measured(
+    shard: int, steps: int, repeats: int, memories: list[float], worlds: list[int]
+) -> list[dict[str, Any]]:
+    """A row for each layer, its memories at first, and number of ranks."""
     rows = []
-    for name in LAYERS:
-        for count in steps:
-            for memory in (2.01, 1024.0):
-                trained = train(name, count, memory)
-                for ranks in (2, 4):
-                    figures = run_distributed(
-                        _measure, ranks, name, trained, shard, repeats, timeout=3000
-                    )[0]
-                    rerun = figures["rerun"]
-                    rows.append(
-                        {
-                            "layer": name,
-                            "trained steps": count,
-                            "nats": round(trained[2], 2),
-                            "memories to": round(memory),
-                            "ranks": ranks,
-                            "rounds": "{} + {}".format(*figures["rounds"]),
-                            "run again": "{:,} + {:,}".format(*rerun),
-                            "residual": f"{figures['residual']:.0e}",
-                            "plain, s": round(figures["seconds"]["plain"], 2),
-                            "relay, s": round(figures["seconds"]["relay"], 2),
-                            "faster, measured": round(statistics.median(figures["ratios"]), 2),
-                            "by path": _by_path(ranks, shard, rerun),
-                        }
-                    )
-                    print(rows[-1], flush=True)
+    for name, memory in product(LAYERS, memories):
+        trained = train(name, steps, memory)
+        for ranks in worlds:
+            figures = run_distributed(_measure, ranks, name, trained, shard, repeats, timeout=3000)[
+                0
+            ]
+            rerun = figures["rerun"]
+            rows.append(
+                {
+                    "layer": name,
+                    "trained steps": steps,
+                    "nats": round(trained[2], 2),
+                    "memories to": round(memory),
+                    "ranks": ranks,
+                    "rounds": "{} + {}".format(*figures["rounds"]),
+                    "run again": "{:,} + {:,}".format(*rerun),
+                    "residual": f"{figures['residual']:.0e}",
+                    "plain, s": round(figures["seconds"]["plain"], 2),
+                    "relay, s": round(figures["seconds"]["relay"], 2),
+                    "faster, measured": round(statistics.median(figures["ratios"]), 2),
+                    "by path": _by_path(ranks, shard, rerun),
+                }
+            )
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -172,7 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
     options = parser.parse_args()
-    rows = measured(512, (2,), 1) if options.quick else measured(16384, (200,), 3)
+    if options.quick:
+        rows = measured(512, 2, 1, [2.01], [2])
+    else:
+        rows = measured(16384, 200, 3, [2.01, 1024.0], [2, 4])
     text = "# The relay of GRU and LSTM over shards\n\n" + results.circumstances()
     text += (
         f"\nOne layer, H = {WIDTH}, fp32, one thread a rank, shards of 16,384 tokens, forward and "

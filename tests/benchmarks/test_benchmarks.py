@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
         ("bench_llama", 2),
         ("bench_before HEAD", 12),
         ("bench_precision", 6),
-        ("bench_relay", 9),
+        ("bench_relay", 3),
         ("bench_states", 6),
-        ("bench_context", 10),
+        ("bench_context", 6),
         ("bench_sharding", 1),
     ],
 )
