@@ -21,7 +21,7 @@ from typing import Any
 from tests.benchmarks import results
 
 CONFIG = "configs/needle.yaml"
-SEGMENT = 16_384
+SEGMENT = 65_536
 ANSWER = 2  # tokens
 EVALUATED = 24  # sequences, eight a distance
 
@@ -40,9 +40,9 @@ STAGES = [
     Stage(256, 64, 1500, 3e-3),
     Stage(4096, 4, 300),
     Stage(16384, 4, 150),
-    Stage(65536, 4, 60),
-    Stage(262144, 2, 24),
-    Stage(1048576, 1, 24),
+    Stage(65536, 4, 120, 2e-3),
+    Stage(262144, 2, 80, 2e-3),
+    Stage(1048576, 1, 60, 2e-3),
 ]
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
@@ -95,10 +95,14 @@ def train(
 
 
 def evaluated(run: Path) -> dict[str, Any]:
-    found = json.loads((run / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["step_seconds"] for line in lines)
-    return {**found, "seconds": seconds, "tokens": lines[-1]["tokens"]}
+    return {**evaluation(run), "seconds": seconds, "tokens": lines[-1]["tokens"]}
+
+
+def evaluation(run: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError where the run was stopped: the same command goes on."""
+    return json.loads((run / "evaluation.json").read_text())
 
 
 def row(line: str, stage: Stage, found: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def evaluate_longer(run: Path, data: Path, stage: Stage) -> dict[str, Any]:
     longer = {"run.dir": run, "evaluate.path": data, "evaluate.seq_len": stage.tokens}
     settings = (f"{key}={value}" for key, value in longer.items())
     launch("launch", "train", str(run / "config.yaml"), *settings)
-    return evaluated(run)
+    return {**evaluation(run), "tokens": 0, "seconds": 0}
 
 
 def main() -> None:
@@ -133,23 +137,35 @@ def main() -> None:
     options = parser.parse_args()
     stages = QUICK if options.quick else [s for s in STAGES if s.tokens <= options.longest]
     segment = 64 if options.quick else SEGMENT
-    rows = []
-    newest: dict[str, Path | None] = {"streamed": None}
-    for stage in stages:
-        if stage.tokens > segment:
-            newest.setdefault("truncated", newest["streamed"])
-        data = make_data(options.folder, stage)
-        for line, begun in newest.items():
-            run = options.folder / f"{line}-{stage.tokens}"
-            found = train(run, data, stage, begun, segment, line == "truncated")
-            newest[line] = run
-            rows.append(row(line, stage, found))
-            print(rows[-1], flush=True)
-    for stage in stages[-3:-1]:
-        shorter = options.folder / f"streamed-{stage.tokens}"
-        found = {**evaluate_longer(shorter, data, stages[-1]), "tokens": 0, "seconds": 0}
-        rows.append(row(f"none: that of {stage.tokens:,} tokens", stages[-1], found))
+    page = None if options.quick else results.result_path("long_needle", ".md")
+    rows: list[dict[str, Any]] = []
+
+    def add(line: str, stage: Stage, found: dict[str, Any]) -> None:
+        rows.append(row(line, stage, found))
         print(rows[-1], flush=True)
+        if page:  # after every row: all of them take hours
+            page.write_text(written(segment, rows))
+
+    folder, begun = options.folder, None
+    for stage in stages:
+        run = folder / f"streamed-{stage.tokens}"
+        add("streamed", stage, train(run, make_data(folder, stage), stage, begun, segment, False))
+        begun = run
+    longest = stages[-1]
+    for shorter in stages[-3:-1]:
+        run = folder / f"streamed-{shorter.tokens}"
+        found = evaluate_longer(run, make_data(folder, longest), longest)
+        add(f"none: that of {shorter.tokens:,} tokens", longest, found)
+    streamed = [stage for stage in stages if stage.tokens > segment]
+    begun = folder / f"streamed-{max(s.tokens for s in stages if s.tokens <= segment)}"
+    for stage in streamed:
+        run = folder / f"truncated-{stage.tokens}"
+        add("truncated", stage, train(run, make_data(folder, stage), stage, begun, segment, True))
+        begun = run
+    print(written(segment, rows))
+
+
+def written(segment: int, rows: list[dict[str, Any]]) -> str:
     text = "# A needle, far back\n\n" + results.circumstances()
     text += (
         f"\n`{CONFIG}`, {segment:,} tokens a segment; share of {EVALUATED} held-out answers of "
@@ -157,10 +173,7 @@ def main() -> None:
         f"the weights of the length before. Truncated: four steps for three, since a streamed step "
         f"runs one forward more. None: no training at this length.\n\n"
     )
-    text += results.table(rows)
-    print(text)
-    if not options.quick:
-        results.result_path("long_needle", ".md").write_text(text)
+    return text + results.table(rows)
 
 
 if __name__ == "__main__":
