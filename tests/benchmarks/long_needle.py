@@ -168,10 +168,10 @@ def main() -> None:
 def written(segment: int, rows: list[dict[str, Any]]) -> str:
     text = "# A needle, far back\n\n" + results.circumstances()
     text += (
-        f"\n`{CONFIG}`, {segment:,} tokens a segment; share of the tokens of {EVALUATED} "
-        f"held-out answers, of {ANSWER} each, that are right, by how far back the needle lies. Each length begins with "
-        f"the weights of the length before. Truncated: four steps for three, since a streamed step "
-        f"runs one forward more. None: no training at this length.\n\n"
+        f"\n`{CONFIG}`, {segment:,} tokens a segment; share of the tokens of {EVALUATED} held-out "
+        f"answers, of {ANSWER} each, that are right, by how far back the needle lies. Each length "
+        f"begins with the weights of the length before. Truncated: four steps for three, since a "
+        f"streamed step runs one forward more. None: no training at this length.\n\n"
     )
     return text + results.table(rows)
 
