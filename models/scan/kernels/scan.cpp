@@ -1,7 +1,8 @@
 // The scan on a CPU, at the speed of memory: time is the outer loop, a block of channels the inner
 // one, their states stay in L1, and gates are computed on the way. Every input is read once and
-// every output written once; for the map of all steps only what counts is read. Plain C++ behind a C interface (../native.py builds and loads it), so
-// that it builds in seconds without torch's headers. ../README.md has the mathematics.
+// every output written once; for the map of all steps only what counts is read. Plain C++ behind a
+// C interface (../native.py builds and loads it), so that it builds in seconds without torch's
+// headers. ../README.md has the mathematics.
 //
 // The gates are a type R of a header of their own (../recurrences), both named by the compiler's
 // command line: -DGATES_HEADER and -DGATES. The state is a row of channels, and is the output. With

@@ -179,7 +179,7 @@ def test_states_equal_the_definition(name, where, monkeypatch):
         torch.testing.assert_close(got.state, want.state, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, and has never run on one")
 def test_more_than_2_to_the_31_elements():
     """T * H beyond 32 bits: the last steps are where an overflowing offset would show."""
     steps, width = 2**20 + 3, 2048
