@@ -2,11 +2,9 @@
 
 import ctypes
 import resource
-from itertools import count
 
 import torch
 
-_CALLS, _CALLS_A_TRIM = count(1), 64
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
@@ -22,18 +20,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def release_gaps() -> None:
-    """Now and then, give the kernel the pages that lie unused between what is in use.
-
-    Among large tensors that come and go, small ones that stay split what is free, and the heap
-    grows: by gigabytes in a step of a thousand segments. What is given back must be mapped again,
-    so it is done at every 64th call. Call it where little is in use.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and next(_CALLS) % _CALLS_A_TRIM == 0:
-        trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -72,9 +72,11 @@ class Midstep:
         self.here = Position()
 
     def files(self, engine: Engine) -> Files:
-        """What this rank adds to a checkpoint. Carries are not copied: what they show stays.
+        """What this rank adds to a checkpoint: written later, while the step goes on.
 
-        The flow is, for more is added to the gradient of what passes through.
+        Large carries are not copied, for they stay as they are. Small ones are: what they share
+        with others is still written to. The flow is, for more is added to the gradient of what
+        passes through.
         """
         here = self.here
         state = {
@@ -82,7 +84,7 @@ class Midstep:
             "total": self.total,
             "seconds": self.seconds,
             "reads": here.reads,
-            "entering": [each and [tuple(carry) for carry in each] for each in here.entering],
+            "entering": [each and [tuple(map(_own, c)) for c in each] for each in here.entering],
             "flow": here.flow and [[x if x is None else x.clone() for x in f] for f in here.flow],
             "losses": list(here.losses),
             "gradients": engine.accumulated(),
@@ -99,6 +101,10 @@ class Midstep:
         self.micro_batch, self.total = state["micro_batch"], state["total"]
         self.here = Position(state["reads"], state["entering"], state["flow"], state["losses"])
         self.began -= state["seconds"]
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def _name(rank: int) -> str:

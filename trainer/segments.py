@@ -60,10 +60,12 @@ def stream(plan: Plan, work: Work, here: Position | None = None) -> Tensor:
 def _exact(plan: Plan, work: Work, here: Position) -> None:
     first_kept = plan.segments - plan.keep
     with torch.no_grad():
+        shelf = _Shelf()
         while here.reads < first_kept:
             batch = work.take(here)
-            leaving = work.run(here.reads, batch, here.entering[-1], False)[1]
-            here.entering.append(_apart(leaving))
+            entered = here.entering[-1]
+            leaving = work.run(here.reads, batch, entered, False)[1]
+            here.entering.append(shelf.put(leaving, entered))
             here.reads += 1
     if here.reads == first_kept:
         kept = []
@@ -111,6 +113,35 @@ def _truncated(plan: Plan, work: Work, here: Position) -> None:
         here.losses.append(loss.detach())
         here.entering.append(_apart(leaving))
         here.reads += 1
+
+
+class _Shelf:
+    """Where carries lie side by side until their segments are run again.
+
+    Among the large tensors of a segment, which come and go, small ones that stay would split what
+    is free, each in another place: the heap would grow by a megabyte or more with every segment.
+    """
+
+    SLAB = 16 << 20  # bytes
+    SMALL = 1 << 20  # bytes of what is put in one
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, Tensor] = {}
+
+    def put(self, carry: list[Carry], entered: list[Carry] | None) -> list[Carry]:
+        """The same values, in memory of their own; what has passed through stays that object."""
+        passed = {id(x) for layer in entered or [] for x in layer}
+        return [tuple(x if id(x) in passed else self._put(x) for x in layer) for layer in carry]
+
+    def _put(self, x: Tensor) -> Tensor:
+        if x.nbytes > self.SMALL:
+            return _own(x)
+        free = self._free.get(x.device)
+        if free is None or len(free) < x.nbytes:
+            free = torch.empty(self.SLAB, dtype=torch.uint8, device=x.device)
+        self._free[x.device] = free[-(-x.nbytes // 64) * 64 :]  # the next is aligned, too
+        place = free[: x.nbytes].view(x.dtype).view(x.shape)
+        return place.copy_(x)
 
 
 def _apart(carry: list[Carry]) -> list[Carry]:

@@ -18,7 +18,6 @@ from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.events import Stop, Stopped
 from trainer.loss import summed_loss
-from trainer.memory import release_gaps
 from trainer.midstep import Midstep
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
@@ -96,7 +95,6 @@ class _Work:
         if worker.config.plan.segments == 1:  # read, and found good, with the step's others
             return next(self.segments)
         now.tell()
-        release_gaps()
         batch, (stop, due) = worker.read_together(
             lambda: next(self.segments), now.asked == Stop.NOW, now.due()
         )

@@ -17,6 +17,7 @@ from trainer import train as train_module
 from trainer.config import load_config
 from trainer.events import Ended, Event, Started, Stop, Streamed
 from trainer.run_folder import RunFolder
+from trainer.segments import _Shelf
 from trainer.storage import kept
 
 HYBRID = ("model.mixer=[mingru,window]", "model.window=10", "model.dropout=0.1")
@@ -96,7 +97,10 @@ def test_another_way_through_the_step_begins_it_anew(config_file):
         to = [*options, f"run.dir={folder}"]
         first = run_distributed(_stopped_at, 2, config_file, to, 3, 9, fresh=True)[0]
         assert len(figures(first)) == 2
-        assert RunFolder(folder).saved()[0].name == "step-000002-000009"
+        saved = RunFolder(folder).saved()[0]
+        assert saved.name == "step-000002-000009"
+        held = (saved / "midstep" / "rank-00000.pt").stat().st_size
+        assert held < _Shelf.SLAB / 8  # carries and gradients, without what they lie in
         progress = RunFolder(folder).progress
         assert json.loads(progress.read_text()).items() >= {"step": 3, "run": 9}.items()
         events = run(config_file, 2, *to, change)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.compare.child import Call, Child
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixers import MIXERS
@@ -17,10 +18,13 @@ from tests.conftest import write_config
 from tests.distributed import run_distributed
 from tests.trainer.runs import Figures, figures, plain_training, run, train_here
 from trainer import segments as segments_module
-from trainer.config import ConfigError, load_config
+from trainer import step as step_module
+from trainer.config import Config, ConfigError, LaunchConfig, TrainConfig, load_config
 from trainer.data import MicroBatch
 from trainer.layout import Layout, Plan
-from trainer.segments import stream
+from trainer.measure import measure_training
+from trainer.memory import peak_memory_bytes
+from trainer.segments import _Shelf, stream
 
 TOKENS = 53
 SHARDED = ["parallel.sp=2", "launch.workers=2"]
@@ -109,12 +113,40 @@ def test_a_carry_keeps_its_own_bytes_and_no_segment(mixer, truncate):
     class Watched(_Work):
         def take(self, here):
             carries = [x for each in here.entering for layer in each or [] for x in layer]
-            held.append(sum(x.untyped_storage().nbytes() - 2 * x.nbytes for x in carries))
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in carries}
+            shared = _Shelf.SLAB * (not truncate)
+            of_carries = sum(x.nbytes for x in carries)
+            held.append(sum(x.nbytes() for x in storages.values()) - shared - 2 * of_carries)
             return super().take(here)
 
     cut = (tokens[:, read * 40 : read * 40 + 40] for read in plan.reads)
     stream(plan, Watched(model, (MicroBatch(x, x, None) for x in cut), 7))
     assert max(held) <= 0
+
+
+def _resident(config: Config) -> list[int]:
+    """The most bytes of this process so far, at each segment of a step on the way there."""
+    found: list[int] = []
+
+    class Watched(step_module._Work):
+        def take(self, here):
+            found.append(peak_memory_bytes(torch.device("cpu")))
+            return super().take(here)
+
+    step_module._Work = Watched  # this process is a test's own, and ends
+    measure_training(config, 1, 0.0, untimed=0)
+    return found[: config.plan.segments]
+
+
+@pytest.mark.slow
+def test_memory_is_a_segment_and_its_carries():
+    """It grew by 133 MB in 56 segments when each carry lay where there was room for it."""
+    model = ModelConfig(mixer="mingru", layers=2, width=64)
+    train = TrainConfig(seq_len=64 * 4096, segment_len=4096)
+    config = Config(model=model, train=train, launch=LaunchConfig(workers=1))
+    call = Call(f"{__name__}:_resident", config)
+    resident = Child(call, {"OMP_NUM_THREADS": "1"}).wait()
+    assert resident[-1] - resident[8] < 30e6
 
 
 def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
