@@ -216,6 +216,23 @@ def _plots(results: Results) -> Iterator[tuple[str, Series, Axes]]:
             }
             title = f"{task}: held-out loss over {by if by == 'tokens' else 'time'}"
             yield f"{task}_loss_{by}.png", curves, Axes(title, x, unit)
+    if lines := _over_position(results):
+        axes = Axes("Held-out loss by position", "from this token to twice as far", unit, True)
+        yield "loss_by_position.png", lines, axes
+
+
+def _over_position(results: Results) -> Series:
+    """A line for each mixer of each task, where all tasks are of one text, and none asks back."""
+    for_each = results.settings.tasks.values()
+    if any(option.startswith(("data.", "evaluate.")) for options in for_each for option in options):
+        return {}
+    series: dict[str, list[tuple[float, float]]] = {}
+    for task, runs in results.tasks.items():
+        for label, final in ((label, typical(same).final) for label, same in runs.items()):
+            if not final["by_distance"]:
+                name = f"{label}, {task}" if len(results.tasks) > 1 else label
+                series[name] = [(start, loss) for start, _, loss in final["by_position"] if start]
+    return series
 
 
 def _over_context(results: Results, cells: Cells, of: Figure) -> Series:
