@@ -5,15 +5,17 @@
 By the commands of the README: data of data_prep.synthetic, training of configs/needle.yaml at each
 length from the weights of the length before. From the length on that takes more than one segment a
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
-steps to three, since a streamed step runs a forward more. What each line has learned at every
-length, and what the last length's answers are of models that stopped at shorter ones, is in
-results/long_needle_*.md.
+steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
+each. What each has learned at every length, and what the last length's answers are of models that
+stopped at shorter ones, is in results/long_needle_*.md.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tests.benchmarks import results
 CONFIG = "configs/needle.yaml"
 SEGMENT = 65_536
 ANSWER = 2  # tokens
-EVALUATED = 24  # sequences, eight a distance
+EVALUATED = 48  # sequences, sixteen a distance
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ STAGES = [
     Stage(256, 64, 1500, 3e-3),
     Stage(4096, 4, 300),
     Stage(16384, 4, 150),
-    Stage(65536, 4, 120, 2e-3),
-    Stage(262144, 2, 80, 2e-3),
-    Stage(1048576, 1, 60, 2e-3),
+    Stage(65536, 4, 180, 2e-3),
+    Stage(262144, 2, 150, 2e-3),
+    Stage(1048576, 2, 60, 2e-3),
 ]
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
@@ -82,7 +84,7 @@ def train(
         "train.batch_size": stage.batch,
         "train.steps": steps,
         "optim.learning_rate": stage.rate,
-        "parallel.sp": 2 if stage.batch == 1 else 1,
+        "launch.workers": 1 if stage.tokens > segment else 2,
         "train.micro_batch_size": max(1, min(stage.batch // 2, segment // stage.tokens)),
         "checkpoint.every": max(1, steps // 4),
     }
@@ -101,8 +103,10 @@ def evaluated(run: Path) -> dict[str, Any]:
 
 
 def evaluation(run: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError where the run was stopped: the same command goes on."""
-    return json.loads((run / "evaluation.json").read_text())
+    result = run / "evaluation.json"
+    if not result.exists():
+        raise SystemExit(f"{run} was stopped before its end; the same command goes on.")
+    return json.loads(result.read_text())
 
 
 def row(line: str, stage: Stage, found: dict[str, Any]) -> dict[str, Any]:
@@ -146,22 +150,27 @@ def main() -> None:
         if page:  # after every row: all of them take hours
             page.write_text(written(segment, rows))
 
-    folder, begun = options.folder, None
+    def trained(line: str, stages: list[Stage], begun: Path | None) -> Iterator[Path]:
+        for stage in stages:
+            run = folder / f"{line}-{stage.tokens}"
+            how = (segment, line == "truncated")
+            add(line, stage, train(run, make_data(folder, stage), stage, begun, *how))
+            yield (begun := run)
+
+    folder, longest = options.folder, stages[-1]
     for stage in stages:
-        run = folder / f"streamed-{stage.tokens}"
-        add("streamed", stage, train(run, make_data(folder, stage), stage, begun, segment, False))
-        begun = run
-    longest = stages[-1]
+        make_data(folder, stage)
+    within = [stage for stage in stages if stage.tokens <= segment]
+    beyond = [stage for stage in stages if stage.tokens > segment]
+    *_, begun = trained("streamed", within, None)
+    with ThreadPoolExecutor(2) as side_by_side:
+        lines = ("streamed", "truncated")
+        for done in [side_by_side.submit(list, trained(x, beyond, begun)) for x in lines]:
+            done.result()
     for shorter in stages[-3:-1]:
         run = folder / f"streamed-{shorter.tokens}"
         found = evaluate_longer(run, make_data(folder, longest), longest)
-        add(f"none: that of {shorter.tokens:,} tokens", longest, found)
-    streamed = [stage for stage in stages if stage.tokens > segment]
-    begun = folder / f"streamed-{max(s.tokens for s in stages if s.tokens <= segment)}"
-    for stage in streamed:
-        run = folder / f"truncated-{stage.tokens}"
-        add("truncated", stage, train(run, make_data(folder, stage), stage, begun, segment, True))
-        begun = run
+        add(f"untrained: that of {shorter.tokens:,} tokens", longest, found)
     print(written(segment, rows))
 
 
@@ -171,9 +180,9 @@ def written(segment: int, rows: list[dict[str, Any]]) -> str:
         f"\n`{CONFIG}`, {segment:,} tokens a segment; share of the tokens of {EVALUATED} held-out "
         f"answers, of {ANSWER} each, that are right, by how far back the needle lies. Each length "
         f"begins with the weights of the length before. Truncated: four steps for three, since a "
-        f"streamed step runs one forward more. None: no training at this length.\n\n"
+        f"streamed step runs one forward more. Untrained: not at this length.\n\n"
     )
-    return text + results.table(rows)
+    return text + results.table(sorted(rows, key=lambda row: row["training"]))
 
 
 if __name__ == "__main__":
