@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tests.benchmarks import results
@@ -87,6 +88,7 @@ def train(
         "launch.workers": 1 if stage.tokens > segment else 2,
         "train.micro_batch_size": max(1, min(stage.batch // 2, segment // stage.tokens)),
         "checkpoint.every": max(1, steps // 4),
+        "evaluate.sequences": EVALUATED,
     }
     if stage.tokens > segment:
         settings |= {"train.segment_len": segment, "train.truncate": str(truncate).lower()}
@@ -127,7 +129,12 @@ def by_distance(found: dict[str, Any], stage: Stage) -> list[tuple[str, float]]:
 
 def evaluate_longer(run: Path, data: Path, stage: Stage) -> dict[str, Any]:
     """What a finished run answers at another length: the same command evaluates it there."""
-    longer = {"run.dir": run, "evaluate.path": data, "evaluate.seq_len": stage.tokens}
+    longer = {
+        "run.dir": run,
+        "evaluate.path": data,
+        "evaluate.seq_len": stage.tokens,
+        "evaluate.sequences": EVALUATED,
+    }
     settings = (f"{key}={value}" for key, value in longer.items())
     launch("launch", "train", str(run / "config.yaml"), *settings)
     return {**evaluation(run), "tokens": 0, "seconds": 0}
@@ -144,11 +151,14 @@ def main() -> None:
     page = None if options.quick else results.result_path("long_needle", ".md")
     rows: list[dict[str, Any]] = []
 
+    adding = Lock()
+
     def add(line: str, stage: Stage, found: dict[str, Any]) -> None:
-        rows.append(row(line, stage, found))
-        print(rows[-1], flush=True)
-        if page:  # after every row: all of them take hours
-            page.write_text(written(segment, rows))
+        with adding:
+            rows.append(row(line, stage, found))
+            print(rows[-1], flush=True)
+            if page:  # after every row: all of them take hours
+                page.write_text(written(segment, rows))
 
     def trained(line: str, stages: list[Stage], begun: Path | None) -> Iterator[Path]:
         for stage in stages:
