@@ -51,7 +51,8 @@ class Footprint:
         if plan.truncate:  # one after another, and no gradient comes back
             passed = 2 * (self.carry + cached)
         elif plan.segments > 1:
-            passed, kept = self.carry * plan.segments + CACHE_COPIES * cached, plan.keep
+            # once more while they are saved
+            passed, kept = 2 * self.carry * plan.segments + CACHE_COPIES * cached, plan.keep
         activations = self._tokens(config) * (self.token * kept + self.block)
         passed *= train.micro_batch_size
         return round(self.process + self.weights + activations + passed + self.logits)

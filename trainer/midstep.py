@@ -74,17 +74,17 @@ class Midstep:
     def files(self, engine: Engine) -> Files:
         """What this rank adds to a checkpoint: written later, while the step goes on.
 
-        Large carries are not copied, for they stay as they are. Small ones are: what they share
-        with others is still written to. The flow is, for more is added to the gradient of what
-        passes through.
+        Large carries are not copied, for they stay as they are. Small ones are, each once, however
+        many segments it passes through: what they share with others is still written to. The flow
+        is, for more is added to the gradient of what passes through.
         """
-        here = self.here
+        here, own = self.here, _Own()
         state = {
             "micro_batch": self.micro_batch,
             "total": self.total,
             "seconds": self.seconds,
             "reads": here.reads,
-            "entering": [each and [tuple(map(_own, c)) for c in each] for each in here.entering],
+            "entering": [x and [tuple(map(own.of, c)) for c in x] for x in here.entering],
             "flow": here.flow and [[x if x is None else x.clone() for x in f] for f in here.flow],
             "losses": list(here.losses),
             "gradients": engine.accumulated(),
@@ -103,8 +103,13 @@ class Midstep:
         self.began -= state["seconds"]
 
 
-def _own(x: Tensor) -> Tensor:
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+class _Own(dict[int, Tensor]):
+    """Tensors without the memory that they share with others; one object stays one object."""
+
+    def of(self, x: Tensor) -> Tensor:
+        if id(x) not in self:
+            self[id(x)] = x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+        return self[id(x)]
 
 
 def _name(rank: int) -> str:

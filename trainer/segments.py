@@ -59,14 +59,7 @@ def stream(plan: Plan, work: Work, here: Position | None = None) -> Tensor:
 
 def _exact(plan: Plan, work: Work, here: Position) -> None:
     first_kept = plan.segments - plan.keep
-    with torch.no_grad():
-        shelf = _Shelf()
-        while here.reads < first_kept:
-            batch = work.take(here)
-            entered = here.entering[-1]
-            leaving = work.run(here.reads, batch, entered, False)[1]
-            here.entering.append(shelf.put(leaving, entered))
-            here.reads += 1
+    _there(first_kept, work, here)
     if here.reads == first_kept:
         kept = []
         for segment in range(first_kept, plan.segments):
@@ -86,6 +79,18 @@ def _exact(plan: Plan, work: Work, here: Position) -> None:
         loss, leaving = work.run(len(here.entering), batch, leaves, True)
         _back(here, work, loss, leaving, leaves, done=not here.entering)
         del loss, leaving, leaves
+        here.reads += 1
+
+
+@torch.no_grad()
+def _there(end: int, work: Work, here: Position) -> None:
+    """To this segment, of which only the carry that enters it is left, as of all before it."""
+    shelf = _Shelf()
+    while here.reads < end:
+        batch = work.take(here)
+        entered = here.entering[-1]
+        leaving = work.run(here.reads, batch, entered, False)[1]
+        here.entering.append(shelf.put(leaving, entered))
         here.reads += 1
 
 
@@ -120,12 +125,15 @@ class _Shelf:
 
     Among the large tensors of a segment, which come and go, small ones that stay would split what
     is free, each in another place: the heap would grow by a megabyte or more with every segment.
+    It is filled while no graph is held: one would take what is put beside its tensors for a change
+    of them.
     """
 
-    SLAB = 16 << 20  # bytes
-    SMALL = 1 << 20  # bytes of what is put in one
+    LARGE = 8 << 20  # bytes: such a carry lies by itself
+    SLABS = (1 << 20, 64 << 20)  # bytes of the first, and the most; each is twice the one before
 
     def __init__(self) -> None:
+        self._slab = self.SLABS[0]
         self._free: dict[torch.device, Tensor] = {}
 
     def put(self, carry: list[Carry], entered: list[Carry] | None) -> list[Carry]:
@@ -134,14 +142,14 @@ class _Shelf:
         return [tuple(x if id(x) in passed else self._put(x) for x in layer) for layer in carry]
 
     def _put(self, x: Tensor) -> Tensor:
-        if x.nbytes > self.SMALL:
+        if x.nbytes > self.LARGE:
             return _own(x)
         free = self._free.get(x.device)
         if free is None or len(free) < x.nbytes:
-            free = torch.empty(self.SLAB, dtype=torch.uint8, device=x.device)
+            free = torch.empty(max(self._slab, x.nbytes), dtype=torch.uint8, device=x.device)
+            self._slab = min(2 * self._slab, self.SLABS[1])
         self._free[x.device] = free[-(-x.nbytes // 64) * 64 :]  # the next is aligned, too
-        place = free[: x.nbytes].view(x.dtype).view(x.shape)
-        return place.copy_(x)
+        return free[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def _apart(carry: list[Carry]) -> list[Carry]:

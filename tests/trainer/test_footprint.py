@@ -198,7 +198,7 @@ def test_a_truncated_step_holds_one_carry():
     found = footprint(config, CPU)
     exact = found.of_step(config)
     config.train.truncate = True
-    assert exact - found.of_step(config) == pytest.approx(2046 * found.carry, rel=1e-3)
+    assert exact - found.of_step(config) == pytest.approx(4094 * found.carry, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
@@ -16,8 +18,9 @@ from trainer import midstep as midstep_module
 from trainer import train as train_module
 from trainer.config import load_config
 from trainer.events import Ended, Event, Started, Stop, Streamed
+from trainer.midstep import Midstep
 from trainer.run_folder import RunFolder
-from trainer.segments import _Shelf
+from trainer.segments import Position, _Shelf
 from trainer.storage import kept
 
 HYBRID = ("model.mixer=[mingru,window]", "model.window=10", "model.dropout=0.1")
@@ -86,6 +89,23 @@ def test_a_stopped_step_goes_on_to_the_bit(config_file):
         assert told.startswith(f"step 1: segment 1 of {of}, "), name
 
 
+def test_what_passes_through_is_saved_once(tmp_path):
+    """Pieces of a cache are in the carry of every later segment, and small ones share memory."""
+    shelf, entering = _Shelf(), [[()]]
+    for _ in range(20):
+        passed = entering[-1]
+        entering.append(shelf.put([(*passed[0], torch.randn(8, 1024))], passed))
+    worker: Any = SimpleNamespace(topology=SimpleNamespace(rank=0))
+    engine: Any = SimpleNamespace(accumulated=list)
+    (save,) = Midstep(worker, 0, here=Position(entering=entering)).files(engine).values()
+    save(tmp_path / "saved.pt")
+    assert (tmp_path / "saved.pt").stat().st_size < 1.2 * 20 * 8 * 1024 * 4
+    saved = torch.load(tmp_path / "saved.pt")["entering"]
+    for one, next_one, made in zip(saved, saved[1:], entering[1:], strict=False):
+        assert all(x is y for x, y in zip(one[0], next_one[0], strict=False))
+        assert torch.equal(next_one[0][-1], made[0][-1])
+
+
 @pytest.mark.slow
 def test_another_way_through_the_step_begins_it_anew(config_file):
     """Other segments, or workers, take the weights of the step before, and say so."""
@@ -100,7 +120,7 @@ def test_another_way_through_the_step_begins_it_anew(config_file):
         saved = RunFolder(folder).saved()[0]
         assert saved.name == "step-000002-000009"
         held = (saved / "midstep" / "rank-00000.pt").stat().st_size
-        assert held < _Shelf.SLAB / 8  # carries and gradients, without what they lie in
+        assert held < _Shelf.SLABS[0] / 2  # carries and gradients, without what they lie in
         progress = RunFolder(folder).progress
         assert json.loads(progress.read_text()).items() >= {"step": 3, "run": 9}.items()
         events = run(config_file, 2, *to, change)
