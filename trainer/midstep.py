@@ -74,9 +74,9 @@ class Midstep:
     def files(self, engine: Engine) -> Files:
         """What this rank adds to a checkpoint: written later, while the step goes on.
 
-        Large carries are not copied, for they stay as they are. Small ones are, each once, however
-        many segments it passes through: what they share with others is still written to. The flow
-        is, for more is added to the gradient of what passes through.
+        Large carries are not copied, for they stay as they are. Small ones and losses are, each
+        once, however many segments it passes through: the memory that they share is still written
+        to. The flow is, for more is added to the gradient of what passes through.
         """
         here, own = self.here, _Own()
         state = {
@@ -86,7 +86,7 @@ class Midstep:
             "reads": here.reads,
             "entering": [x and [tuple(map(own.of, c)) for c in x] for x in here.entering],
             "flow": here.flow and [[x if x is None else x.clone() for x in f] for f in here.flow],
-            "losses": list(here.losses),
+            "losses": [own.of(x) for x in here.losses],
             "gradients": engine.accumulated(),
         }
         return {_name(self.worker.topology.rank): partial(torch.save, state)}

@@ -18,6 +18,38 @@ from trainer.data import MicroBatch
 from trainer.layout import Plan
 
 
+class Shelf:
+    """Where what is small lies side by side, and stays until the way back has come to it.
+
+    Among the large tensors of a segment, which come and go, small ones that stay would split what
+    is free, each in another place: the heap would grow by a megabyte or more with every segment.
+    No graph may hold what lies there while more is put beside it: it would be taken for changed.
+    """
+
+    LARGE = 8 << 20  # bytes: such a tensor lies by itself
+    SLABS = (1 << 20, 64 << 20)  # bytes of the first, and the most; each is twice the one before
+
+    def __init__(self) -> None:
+        self._slab = self.SLABS[0]
+        self._free: dict[torch.device, Tensor] = {}
+
+    def put(self, x: Tensor) -> Tensor:
+        """The same values, without what they are cut from."""
+        if x.nbytes > self.LARGE:
+            return _own(x)
+        free = self._free.get(x.device)
+        if free is None or len(free) < x.nbytes:
+            free = torch.empty(max(self._slab, x.nbytes), dtype=torch.uint8, device=x.device)
+            self._slab = min(2 * self._slab, self.SLABS[1])
+        self._free[x.device] = free[-(-x.nbytes // 64) * 64 :]  # the next is aligned, too
+        return free[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+    def put_carry(self, carry: list[Carry], entered: list[Carry] | None) -> list[Carry]:
+        """The same values; what passed through from the one that entered stays that object."""
+        passed = {id(x) for layer in entered or [] for x in layer}
+        return [tuple(x if id(x) in passed else self.put(x) for x in layer) for layer in carry]
+
+
 @dataclass
 class Position:
     """How far a sequence is: so many of `plan.reads` are done, and this is left of them."""
@@ -27,6 +59,11 @@ class Position:
     entering: list[list[Carry] | None] = field(default_factory=lambda: [None])
     flow: list[list[Tensor | None]] | None = None  # the gradient of the carry that left the next
     losses: list[Tensor] = field(default_factory=list)
+    _of_losses: Shelf = field(default_factory=Shelf)
+
+    def answered(self, loss: Tensor) -> None:
+        """A segment had this loss."""
+        self.losses.append(self._of_losses.put(loss.detach()))
 
 
 class Work(Protocol):
@@ -85,12 +122,12 @@ def _exact(plan: Plan, work: Work, here: Position) -> None:
 @torch.no_grad()
 def _there(end: int, work: Work, here: Position) -> None:
     """To this segment, of which only the carry that enters it is left, as of all before it."""
-    shelf = _Shelf()
+    shelf = Shelf()
     while here.reads < end:
         batch = work.take(here)
         entered = here.entering[-1]
         leaving = work.run(here.reads, batch, entered, False)[1]
-        here.entering.append(shelf.put(leaving, entered))
+        here.entering.append(shelf.put_carry(leaving, entered))
         here.reads += 1
 
 
@@ -106,7 +143,7 @@ def _back(
     """The backward of a segment; what it sends to the one before is the position's flow."""
     _pass_on(leaving, here.flow, leaves)
     work.backward(loss + _met(leaving, here.flow), done)
-    here.losses.append(loss.detach())
+    here.answered(loss)
     here.flow = None if leaves is None else [[_gradient(x) for x in carry] for carry in leaves]
 
 
@@ -115,41 +152,9 @@ def _truncated(plan: Plan, work: Work, here: Position) -> None:
         batch = work.take(here)
         loss, leaving = work.run(here.reads, batch, here.entering.pop(), True)
         work.backward(loss, here.reads == plan.segments - 1)
-        here.losses.append(loss.detach())
+        here.answered(loss)
         here.entering.append(_apart(leaving))
         here.reads += 1
-
-
-class _Shelf:
-    """Where carries lie side by side until their segments are run again.
-
-    Among the large tensors of a segment, which come and go, small ones that stay would split what
-    is free, each in another place: the heap would grow by a megabyte or more with every segment.
-    It is filled while no graph is held: one would take what is put beside its tensors for a change
-    of them.
-    """
-
-    LARGE = 8 << 20  # bytes: such a carry lies by itself
-    SLABS = (1 << 20, 64 << 20)  # bytes of the first, and the most; each is twice the one before
-
-    def __init__(self) -> None:
-        self._slab = self.SLABS[0]
-        self._free: dict[torch.device, Tensor] = {}
-
-    def put(self, carry: list[Carry], entered: list[Carry] | None) -> list[Carry]:
-        """The same values, in memory of their own; what has passed through stays that object."""
-        passed = {id(x) for layer in entered or [] for x in layer}
-        return [tuple(x if id(x) in passed else self._put(x) for x in layer) for layer in carry]
-
-    def _put(self, x: Tensor) -> Tensor:
-        if x.nbytes > self.LARGE:
-            return _own(x)
-        free = self._free.get(x.device)
-        if free is None or len(free) < x.nbytes:
-            free = torch.empty(max(self._slab, x.nbytes), dtype=torch.uint8, device=x.device)
-            self._slab = min(2 * self._slab, self.SLABS[1])
-        self._free[x.device] = free[-(-x.nbytes // 64) * 64 :]  # the next is aligned, too
-        return free[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def _apart(carry: list[Carry]) -> list[Carry]:

@@ -20,7 +20,7 @@ from trainer.config import load_config
 from trainer.events import Ended, Event, Started, Stop, Streamed
 from trainer.midstep import Midstep
 from trainer.run_folder import RunFolder
-from trainer.segments import Position, _Shelf
+from trainer.segments import Position, Shelf
 from trainer.storage import kept
 
 HYBRID = ("model.mixer=[mingru,window]", "model.window=10", "model.dropout=0.1")
@@ -91,10 +91,10 @@ def test_a_stopped_step_goes_on_to_the_bit(config_file):
 
 def test_what_passes_through_is_saved_once(tmp_path):
     """Pieces of a cache are in the carry of every later segment, and small ones share memory."""
-    shelf, entering = _Shelf(), [[()]]
+    shelf, entering = Shelf(), [[()]]
     for _ in range(20):
         passed = entering[-1]
-        entering.append(shelf.put([(*passed[0], torch.randn(8, 1024))], passed))
+        entering.append(shelf.put_carry([(*passed[0], torch.randn(8, 1024))], passed))
     worker: Any = SimpleNamespace(topology=SimpleNamespace(rank=0))
     engine: Any = SimpleNamespace(accumulated=list)
     (save,) = Midstep(worker, 0, here=Position(entering=entering)).files(engine).values()
@@ -120,7 +120,7 @@ def test_another_way_through_the_step_begins_it_anew(config_file):
         saved = RunFolder(folder).saved()[0]
         assert saved.name == "step-000002-000009"
         held = (saved / "midstep" / "rank-00000.pt").stat().st_size
-        assert held < _Shelf.SLABS[0] / 2  # carries and gradients, without what they lie in
+        assert held < Shelf.SLABS[0] / 2  # carries and gradients, without what they lie in
         progress = RunFolder(folder).progress
         assert json.loads(progress.read_text()).items() >= {"step": 3, "run": 9}.items()
         events = run(config_file, 2, *to, change)
