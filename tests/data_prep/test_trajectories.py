@@ -1,13 +1,21 @@
 """Episodes as frames: what is written is what happened, and a policy is as good as it says."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep.__main__ import main as data_prep
 from data_prep.schema import load_info
-from data_prep.trajectories import frames_of, held_out, prepare_trajectories
+from data_prep.trajectories import (
+    REPLAY,
+    _read_episodes,
+    frames_of,
+    held_out,
+    prepare_trajectories,
+)
 from data_prep.trajectories.__main__ import main
 from data_prep.trajectories.settings import Episode, TrajectorySettings
 from tests.trajectories import ACTED, SEEN, about, make_episodes, write_made_up
@@ -65,6 +73,21 @@ def test_a_number_that_is_not_finite_is_found(tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
+def test_a_policy_is_as_good_as_its_last_ten_episodes():
+    from data_prep.trajectories.policy import _UntilGood, recent_return
+
+    recorder: Any = SimpleNamespace(episodes=[])
+    goes_on, told = [], []
+    until_good = _UntilGood(recorder, 20.0, told.append)
+    for earned in (*[100.0] * 3, *[0.0] * 9, *[20.0] * 10):
+        rewards = np.full(4, earned / 4, np.float32)
+        recorder.episodes.append(Episode(np.zeros((5, 2)), np.zeros((4, 1)), rewards))
+        goes_on.append(until_good._on_step())
+    assert goes_on == [True] * 9 + [False] * 2 + [True] * 10 + [False]
+    assert recent_return(recorder) == 20
+    assert told[0] == "0 frames: mean return -inf"
+
+
 @pytest.mark.slow
 def test_a_policy_and_its_two_datasets(tmp_path, capsys):
     """Of one command: the frames of the environment, held out by episode, the same ever again."""
@@ -82,6 +105,11 @@ def test_a_policy_and_its_two_datasets(tmp_path, capsys):
         assert frames.score(least) == 0
         assert frames.score(most) == 100
         assert least + 0.001 * (most - least) < frames.returns[-1]
+        earned = [e.rewards.sum() for e in _read_episodes(out / REPLAY)]
+        means = [np.mean(earned[at - 10 : at]) for at in range(10, len(earned) + 1)]
+        assert frames.policy_return == pytest.approx(means[-1])
+        # it went on until it was good, and no further
+        assert means[-1] >= least + 0.001 * (most - least) > max(means[:-1], default=-np.inf)
         stream = TokenStream(DataConfig(path=str(out / name)), "train")
         batch = SequenceReader(stream, Layout(16), True).micro_batch([0])
         # an action is the one before it of the next frame; standardised numbers; a return to go
