@@ -215,7 +215,8 @@ def _plots(results: Results) -> Iterator[tuple[str, Series, Axes]]:
                 for label, same in runs.items()
             }
             title = f"{task}: held-out loss over {by if by == 'tokens' else 'time'}"
-            yield f"{task}_loss_{by}.png", curves, Axes(title, x, unit)
+            # a link has no spaces
+            yield f"{task.replace(' ', '_')}_loss_{by}.png", curves, Axes(title, x, unit)
     if lines := _over_position(results):
         axes = Axes("Held-out loss by position", "from this token to twice as far", unit, True)
         yield "loss_by_position.png", lines, axes
