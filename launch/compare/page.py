@@ -230,9 +230,10 @@ def _over_position(results: Results) -> Series:
     series: dict[str, list[tuple[float, float]]] = {}
     for task, runs in results.tasks.items():
         for label, final in ((label, typical(same).final) for label, same in runs.items()):
-            if not final["by_distance"]:
-                name = f"{label}, {task}" if len(results.tasks) > 1 else label
-                series[name] = [(start, loss) for start, _, loss in final["by_position"] if start]
+            # axes are logarithmic
+            points = [(x, loss) for x, _, loss in final["by_position"] if min(x, loss) > 0]
+            if points and not final["by_distance"]:
+                series[f"{label}, {task}" if len(results.tasks) > 1 else label] = points
     return series
 
 
