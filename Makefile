@@ -83,7 +83,7 @@ marathon: setup
 needle: setup
 	$(RUN) -m tests.benchmarks.long_needle
 
-# Losses by position to 256K of models that were trained at 2K, 16K and 128K: long.
+# Losses by position to 256K of models that were trained at 2K, 16K and 128K: under an hour.
 context: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch compare configs/compare_context.yaml
