@@ -144,7 +144,7 @@ def _resident(config: Config) -> list[int]:
 
 @pytest.mark.slow
 def test_memory_is_a_segment_and_its_carries():
-    """It grew by 133 MB in 56 segments when each carry lay where there was room for it."""
+    """Where each carry lies where there is room for it, it grows by 130 MB in these segments."""
     model = ModelConfig(mixer="mingru", layers=2, width=64)
     train = TrainConfig(seq_len=64 * 4096, segment_len=4096)
     config = Config(model=model, train=train, launch=LaunchConfig(workers=1))

@@ -325,5 +325,6 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, hea
     page = (tmp_path / "out" / "report.md").read_text()
     assert "text, held-out loss after 512 tokens, best first:" in page
     assert "text_loss_seconds.png" in page
-    assert "loss_by_position.png" in page
+    assert "(loss_by_position.png)" in page
+    assert (tmp_path / "out" / "loss_by_position.png").exists()
     assert "unigram" in page
