@@ -1,12 +1,14 @@
 """Decision models through the whole trainer: sharded, resumed, evaluated, played."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data_prep.schema import INFO_NAME
 from launch.__main__ import main
 from models.build import build_model
 from models.config import ModelConfig
@@ -18,6 +20,7 @@ from trainer.data import SequenceReader, TokenStream
 from trainer.layout import Layout
 from trainer.loss import summed_squared_error
 from trainer.rollout import _Player, roll_out
+from trainer.run_folder import RunFolder
 
 SHARDED = ["model.mixer=[mingru,window]", "parallel.sp=2"]
 
@@ -195,7 +198,10 @@ def test_an_action_at_its_bound_still_learns_in_bf16():
     assert hidden.grad.abs().min() > 1e-4
 
 
-def test_only_a_run_on_frames_is_played(tmp_path):
+@pytest.mark.parametrize("on_text", [True, False])
+def test_only_a_run_on_frames_is_played(on_text, dataset, tmp_path):
+    if on_text:
+        shutil.copy(dataset / INFO_NAME, RunFolder(tmp_path).data)
     with pytest.raises(ValueError, match="is not a run on what data_prep"):
         roll_out(tmp_path, 1, torch.device("cpu"))
 
