@@ -6,19 +6,17 @@ By the commands of the README: data of data_prep.synthetic, training of configs/
 length from the weights of the length before. From the length on that takes more than one segment a
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
-each; then the streamed one trains on for more steps of the last length. What each has learned at
-every length, and what the last length's answers are of models that stopped at shorter ones, is in
-results/long_needle_*.md.
+each. What each has learned at every length, and what the last length's answers are of models that
+stopped at shorter ones, is in results/long_needle_*.md.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -42,12 +40,12 @@ class Stage:
 
 
 STAGES = [
-    Stage(256, 64, 1500, 3e-3),
-    Stage(4096, 4, 300),
-    Stage(16384, 4, 150),
-    Stage(65536, 4, 180, 2e-3),
-    Stage(262144, 2, 150, 2e-3),
-    Stage(1048576, 2, 60, 2e-3),
+    Stage(256, 64, 1000, 3e-3),
+    Stage(4096, 4, 400, 3e-3),
+    Stage(16384, 4, 150, 3e-3),
+    Stage(65536, 4, 120, 2e-3),
+    Stage(262144, 2, 100, 2e-3),
+    Stage(1048576, 2, 50, 2e-3),
 ]
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
@@ -179,13 +177,6 @@ def main() -> None:
         lines = ("streamed", "truncated")
         for done in [side_by_side.submit(list, trained(x, beyond, begun)) for x in lines]:
             done.result()
-    longer = folder / "longer"
-    if not longer.exists():
-        shutil.copytree(folder / f"streamed-{longest.tokens}", longer)
-    more = replace(longest, steps=longest.steps * 5 // 3)
-    of = folder / f"streamed-{stages[-2].tokens}"
-    found = train(longer, make_data(folder, longest), more, of, segment, False)
-    add(f"streamed, {more.steps} steps for {longest.steps}", longest, found)
     for shorter in stages[-3:-1]:
         run = folder / f"streamed-{shorter.tokens}"
         found = evaluate_longer(run, make_data(folder, longest), longest)
