@@ -66,3 +66,20 @@ def test_a_step_is_adamw():
         optimizer.step()
         # m: 0.1, 0.39 over 0.1, 0.19; v: 0.01, 0.0999 over 0.01, 0.0199
         assert weight.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("eps", "least", "most"), [(1e-8, 0.0, 0.01), (1e-18, 0.3, 1.1)])
+def test_a_gate_that_hardly_opens_is_learned_below_its_gradient(eps, least, most):
+    """With a memory of 1e8 tokens it opens by 1e-8; Adam's usual eps would leave it so."""
+    torch.manual_seed(0)
+    config = ModelConfig(mixer="mingru", layers=1, width=16, vocab_size=16, memory_tokens=1e8)
+    model = LanguageModel(config)
+    gates = model.get_submodule("blocks.0.mixer.preactivations").get_parameter("weight")
+    before = gates.detach().clone()
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-3, eps=eps))
+    tokens = torch.randint(16, (4, 33))
+    logits, _ = model(tokens[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    longest = (gates - before)[config.state_width - 1].abs().median() / 1e-3
+    assert least <= longest <= most
