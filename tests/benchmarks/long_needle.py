@@ -38,6 +38,10 @@ class Stage:
     steps: int
     rate: float = 1e-3
 
+    def run(self, line: str) -> str:
+        """The name of its run's folder."""
+        return f"{line}-{self.tokens}x{self.steps}"
+
 
 STAGES = [
     Stage(256, 64, 1000, 3e-3),
@@ -46,6 +50,7 @@ STAGES = [
     Stage(65536, 4, 120, 2e-3),
     Stage(262144, 2, 100, 2e-3),
     Stage(1048576, 2, 24, 2e-3),
+    Stage(1048576, 2, 40, 2e-3),
 ]
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
@@ -116,6 +121,7 @@ def row(line: str, stage: Stage, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "training": line,
         "tokens of a sequence": f"{stage.tokens:,}",
+        "steps": stage.steps,
         "million tokens": round(found["tokens"] / 1e6, 1),
         "minutes": round(found["seconds"] / 60, 1),
         **shares,
@@ -162,7 +168,7 @@ def main() -> None:
 
     def trained(line: str, stages: list[Stage], begun: Path | None) -> Iterator[Path]:
         for stage in stages:
-            run = folder / f"{line}-{stage.tokens}"
+            run = folder / stage.run(line)
             how = (segment, line == "truncated")
             add(line, stage, train(run, make_data(folder, stage), stage, begun, *how))
             yield (begun := run)
@@ -177,8 +183,8 @@ def main() -> None:
         lines = ("streamed", "truncated")
         for done in [side_by_side.submit(list, trained(x, beyond, begun)) for x in lines]:
             done.result()
-    for shorter in stages[-3:-1]:
-        run = folder / f"streamed-{shorter.tokens}"
+    for shorter in [stage for stage in stages if stage.tokens < longest.tokens][-2:]:
+        run = folder / shorter.run("streamed")
         found = evaluate_longer(run, make_data(folder, longest), longest)
         add(f"untrained: that of {shorter.tokens:,} tokens", longest, found)
     print(written(segment, rows))
