@@ -6,17 +6,18 @@ By the commands of the README: data of data_prep.synthetic, training of configs/
 length from the weights of the length before. From the length on that takes more than one segment a
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
-each. What each has learned at every length, and what the last length's answers are of models that
-stopped at shorter ones, is in results/long_needle_*.md.
+each. A long sequence has no more answers to learn from than a short one, and how to read a value is
+lost there in part: many sequences of a shorter length come last. What each has learned at every
+length, and what it answers at the longest, is in results/long_needle_*.md.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -51,6 +52,7 @@ STAGES = [
     Stage(262144, 2, 100, 2e-3),
     Stage(1048576, 2, 24, 2e-3),
     Stage(1048576, 2, 40, 2e-3),
+    Stage(16384, 16, 60),
 ]
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
@@ -82,7 +84,7 @@ def train(
     run: Path, data: Path, stage: Stage, begun: Path | None, segment: int, truncate: bool
 ) -> dict[str, Any]:
     """A run at this length from another's weights; its evaluation, and how fast it was."""
-    steps = stage.steps * 4 // 3 if truncate else stage.steps
+    steps = stage.steps * 4 // 3 if truncate and stage.tokens > segment else stage.steps
     settings = {
         "run.dir": run,
         "data.path": data,
@@ -116,19 +118,20 @@ def evaluation(run: Path) -> dict[str, Any]:
     return json.loads(result.read_text())
 
 
-def row(line: str, stage: Stage, found: dict[str, Any]) -> dict[str, Any]:
-    shares = {f"{name} back": f"{right:.1%}" for name, right in by_distance(found, stage)}
+def row(line: str, trained: Stage, asked: Stage, found: dict[str, Any]) -> dict[str, Any]:
+    shares = {f"{name} back": f"{right:.1%}" for name, right in by_distance(found)}
     return {
         "training": line,
-        "tokens of a sequence": f"{stage.tokens:,}",
-        "steps": stage.steps,
+        "last at": f"{trained.tokens:,}",
+        "steps": trained.steps,
         "million tokens": round(found["tokens"] / 1e6, 1),
         "minutes": round(found["seconds"] / 60, 1),
+        "asked at": f"{asked.tokens:,}",
         **shares,
     }
 
 
-def by_distance(found: dict[str, Any], stage: Stage) -> list[tuple[str, float]]:
+def by_distance(found: dict[str, Any]) -> list[tuple[str, float]]:
     names = "1/4", "1/2", "all of it"
     return [(name, each[2]) for name, each in zip(names, found["by_distance"], strict=True)]
 
@@ -156,37 +159,38 @@ def main() -> None:
     segment = 64 if options.quick else SEGMENT
     page = None if options.quick else results.result_path("long_needle", ".md")
     rows: list[dict[str, Any]] = []
-
     adding = Lock()
 
-    def add(line: str, stage: Stage, found: dict[str, Any]) -> None:
+    def add(line: str, trained: Stage, asked: Stage, found: dict[str, Any]) -> None:
         with adding:
-            rows.append(row(line, stage, found))
+            rows.append(row(line, trained, asked, found))
             print(rows[-1], flush=True)
             if page:  # after every row: all of them take hours
                 page.write_text(written(segment, rows))
 
-    def trained(line: str, stages: list[Stage], begun: Path | None) -> Iterator[Path]:
+    def trained(line: str, stages: list[Stage], begun: Path | None) -> Path | None:
         for stage in stages:
             run = folder / stage.run(line)
             how = (segment, line == "truncated")
-            add(line, stage, train(run, make_data(folder, stage), stage, begun, *how))
-            yield (begun := run)
+            add(line, stage, stage, train(run, make_data(folder, stage), stage, begun, *how))
+            begun = run
+        return begun
 
-    folder, longest = options.folder, stages[-1]
+    folder, longest = options.folder, max(stages, key=lambda stage: stage.tokens)
     for stage in stages:
         make_data(folder, stage)
-    within = [stage for stage in stages if stage.tokens <= segment]
-    beyond = [stage for stage in stages if stage.tokens > segment]
-    *_, begun = trained("streamed", within, None)
+    shared = list(takewhile(lambda stage: stage.tokens <= segment, stages))
+    rest = stages[len(shared) :]
+    begun = trained("streamed", shared, None)
+    lines = ("streamed", "truncated")
     with ThreadPoolExecutor(2) as side_by_side:
-        lines = ("streamed", "truncated")
-        for done in [side_by_side.submit(list, trained(x, beyond, begun)) for x in lines]:
+        for done in [side_by_side.submit(trained, line, rest, begun) for line in lines]:
             done.result()
-    for shorter in [stage for stage in stages if stage.tokens < longest.tokens][-2:]:
-        run = folder / shorter.run("streamed")
-        found = evaluate_longer(run, make_data(folder, longest), longest)
-        add(f"untrained: that of {shorter.tokens:,} tokens", longest, found)
+    ends = [(line, stage) for line in lines for stage in rest[-1:]]
+    shorter = [stage for stage in stages if segment <= stage.tokens < longest.tokens]
+    for line, stage in ends + [("streamed", stage) for stage in shorter]:
+        run = folder / stage.run(line)
+        add(line, stage, longest, evaluate_longer(run, make_data(folder, longest), longest))
     print(written(segment, rows))
 
 
@@ -196,7 +200,7 @@ def written(segment: int, rows: list[dict[str, Any]]) -> str:
         f"\n`{CONFIG}`, {segment:,} tokens a segment; share of the tokens of {EVALUATED} held-out "
         f"answers, of {ANSWER} each, that are right, by how far back the needle lies. Each length "
         f"begins with the weights of the length before. Truncated: four steps for three, since a "
-        f"streamed step runs one forward more. Untrained: not at this length.\n\n"
+        f"streamed step runs one forward more.\n\n"
     )
     return text + results.table(sorted(rows, key=lambda row: row["training"]))
 
