@@ -54,6 +54,7 @@ STAGES = [
     Stage(1048576, 2, 40, 2e-3),
     Stage(16384, 16, 120),
 ]
+LONGEST = max(stage.tokens for stage in STAGES)
 QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
 
 
@@ -151,7 +152,7 @@ def evaluate_longer(run: Path, data: Path, stage: Stage) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--longest", type=int, default=STAGES[-1].tokens, help="tokens")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens")
     parser.add_argument("--folder", type=Path, default=Path("runs/needle"))
     parser.add_argument("--quick", action="store_true", help="two short lengths, nothing written")
     options = parser.parse_args()
