@@ -38,6 +38,7 @@ class Stage:
     batch: int  # sequences a step
     steps: int
     rate: float = 1e-3
+    workers: int = 1
 
     def run(self, line: str) -> str:
         """The name of its run's folder."""
@@ -48,7 +49,7 @@ STAGES = [
     Stage(256, 64, 1000, 3e-3),
     Stage(4096, 4, 400, 3e-3),
     Stage(16384, 4, 150, 3e-3),
-    Stage(65536, 4, 120, 2e-3),
+    Stage(65536, 4, 120, 2e-3, workers=2),
     Stage(262144, 2, 100, 2e-3),
     Stage(1048576, 2, 24, 2e-3),
     Stage(1048576, 2, 40, 2e-3),
@@ -93,7 +94,7 @@ def train(
         "train.batch_size": stage.batch,
         "train.steps": steps,
         "optim.learning_rate": stage.rate,
-        "launch.workers": 1 if stage.tokens > segment else 2,
+        "launch.workers": stage.workers,
         "train.micro_batch_size": max(1, min(stage.batch // 2, segment // stage.tokens)),
         "checkpoint.every": max(1, steps // 4),
         "evaluate.sequences": EVALUATED,
