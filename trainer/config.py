@@ -118,9 +118,8 @@ class OptimConfig:
     weight_decay: float = not_negative(0.1)
     beta1: float = not_negative(0.9, below=1)
     beta2: float = not_negative(0.95, below=1)
-    # a gate that remembers m tokens has gradients of 1 / m, and none below eps is followed: with
-    # model.memory_tokens beyond a million, lower it to 1e-18
-    eps: float = positive(1e-8)
+    # null: 1e-8, or what the longest memory asks for (trainer/optim.py)
+    eps: float | None = positive(None)
     clip: float = not_negative(1.0)  # largest gradient norm; 0 turns clipping off
 
 

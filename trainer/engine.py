@@ -119,7 +119,7 @@ class Engine:
         if reshaped:
             derived["checkpoint"] = {"load_universal": True}
         model = model.to(worker.device)
-        optimizer = build_optimizer(model, config.optim)
+        optimizer = build_optimizer(model, config.optim, config.model.memory_tokens)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # bf16 at stage 0 takes a step while it is set up
         self._engine, *_ = deepspeed.initialize(

@@ -68,7 +68,7 @@ def plain_training(config_file: Path, *overrides: str) -> Figures:
     order = reader.order(config.run.seed, shift=False)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.model.memory_tokens)
     result = []
     for step in range(config.train.steps):
         first = step * config.train.batch_size

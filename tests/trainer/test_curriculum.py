@@ -22,7 +22,7 @@ def _plain(file: Path, options: list[str]) -> Figures:
     config = load_config(file, options)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.model.memory_tokens)
     result = []
     for step, length in enumerate([48, 48, 96, 96, 192]):
         reader = SequenceReader(TokenStream(config.data, "train"), Layout(length), True)

@@ -68,7 +68,7 @@ def test_a_step_is_adamw():
         assert weight.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("eps", "least", "most"), [(1e-8, 0.0, 0.01), (1e-18, 0.3, 1.1)])
+@pytest.mark.parametrize(("eps", "least", "most"), [(1e-8, 0.0, 0.01), (None, 0.3, 1.1)])
 def test_a_gate_that_hardly_opens_is_learned_below_its_gradient(eps, least, most):
     """With a memory of 1e8 tokens it opens by 1e-8; Adam's usual eps would leave it so."""
     torch.manual_seed(0)
@@ -76,10 +76,17 @@ def test_a_gate_that_hardly_opens_is_learned_below_its_gradient(eps, least, most
     model = LanguageModel(config)
     gates = model.get_submodule("blocks.0.mixer.preactivations").get_parameter("weight")
     before = gates.detach().clone()
-    optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-3, eps=eps))
+    settings = OptimConfig(learning_rate=1e-3, eps=eps)
+    optimizer = build_optimizer(model, settings, config.memory_tokens)
     tokens = torch.randint(16, (4, 33))
     logits, _ = model(tokens[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     optimizer.step()
     longest = (gates - before)[config.state_width - 1].abs().median() / 1e-3
     assert least <= longest <= most
+
+
+@pytest.mark.parametrize(("memory", "eps"), [(1024, 1e-8), (1e4, 1e-8), (1e6, 1e-12)])
+def test_eps_lies_below_the_gradients_of_the_longest_memory(memory, eps):
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), OptimConfig(), memory)
+    assert [group["eps"] for group in optimizer.param_groups] == [pytest.approx(eps)] * 2
