@@ -64,13 +64,14 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int) -> T
     if labels.is_floating_point():
         errors = _squared_errors(hidden, weight, labels).float()
         return torch.stack([errors, torch.zeros_like(errors)])
-    rows, targets = hidden.flatten(0, 1).split(tile), labels.flatten().split(tile)
-    scores = []
-    for x, label in zip(rows, targets, strict=True):
-        logits = F.linear(x, weight).float()
-        loss = F.cross_entropy(logits, label, reduction="none")
-        scores.append(torch.stack([loss, (logits.argmax(dim=-1) == label).float()]))
-    return torch.cat(scores, dim=1).view(2, *labels.shape)
+    scores = torch.zeros(2, labels.numel(), device=labels.device)
+    counted = (labels.flatten() >= 0).nonzero().squeeze(1)  # of a million tokens it may be two
+    for places in counted.split(tile):
+        label = labels.flatten()[places]
+        logits = F.linear(hidden.flatten(0, 1)[places], weight).float()
+        scores[0, places] = F.cross_entropy(logits, label, reduction="none")
+        scores[1, places] = (logits.argmax(dim=-1) == label).float()
+    return scores.view(2, *labels.shape)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,60 @@ def test_more_than_2_to_the_31_elements():
     h, _ = scan(RECURRENCES["mingru"], (kv,), backend="triton")
     tail, _ = scan(RECURRENCES["mingru"], (kv[:, -4096:],), backend="chunked")
     torch.testing.assert_close(h[:, -64:], tail[:, -64:], rtol=2e-2, atol=2e-2)
+
+
+class LastProgram:
+    """A kernel of which the last program runs alone, in the interpreter."""
+
+    def __init__(self, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel, self.monkeypatch, self.arg_names = kernel, monkeypatch, kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        def to_the_last(x: int, y: int, z: int) -> None:
+            builder.grid_idx = (grid[0] - 1, y, z)
+
+        def run(*tensors: torch.Tensor, **settings: Any) -> None:
+            with self.monkeypatch.context() as patched:
+                patched.setattr(builder, "set_grid_idx", to_the_last)
+                self.kernel[(1,)](*tensors, **settings)
+
+        return run
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU all programs run: above")
+@pytest.mark.parametrize("name", ["mingru", "linear"])
+def test_the_last_offsets_of_more_than_2_to_the_31_elements(name, monkeypatch):
+    """The end of a tensor of 2^32 elements, of which memory is taken for that end alone."""
+    recurrence, (batch, steps, width, end) = RECURRENCES[name], (2, 2**19 + 40, 2048, 30)
+    cut(monkeypatch, 64)
+    for kernel in ("summarize_kernel", "forward_kernel", "backward_kernel"):
+        last = LastProgram(getattr(gpu.loops, kernel), monkeypatch)
+        monkeypatch.setattr(gpu.loops, kernel, last)
+    # what is not written takes no memory
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+    def sparse(like: torch.Tensor) -> torch.Tensor:
+        """As long as all steps; what `like` [B, 64, width] has is at the end."""
+        whole = like.new_empty(batch, steps, like.shape[-1])
+        whole[1, -64:] = like[1]
+        return whole
+
+    tail = tuple(x.detach() for x in make_inputs(recurrence, batch, 64, width, torch.bfloat16, 0.0))
+    grad_y, grad_out = torch.randn(batch, 64, width).bfloat16(), torch.randn(batch, width)
+    found = []
+    for kind, inputs, grad in (
+        ("triton", tuple(map(sparse, tail)), sparse(grad_y)),
+        ("chunked", tail, grad_y),
+    ):
+        problem = Problem(recurrence, inputs)
+        scanned = backend.forward(kind, problem, problem.entering(None), None)
+        gradients, _ = backend.backward(kind, problem, scanned, (grad, grad_out), None)
+        each = (x.unflatten(-1, (-1, width)) for x in (scanned.y, *gradients))
+        found.append([x[1, -end:, :, -gpu.BLOCK :] for x in each])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.slow
