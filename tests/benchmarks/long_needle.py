@@ -7,8 +7,8 @@ length from the weights of the length before. From the length on that takes more
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
 each. A long sequence has no more answers to learn from than a short one, and how to read a value is
-lost there in part: many sequences of a shorter length come last. What each has learned at every
-length, and what it answers at the longest, is in results/long_needle_*.md.
+lost there in part: many sequences of a shorter length come before the last steps. What each has
+learned at every length, and what it answers at the longest, is in results/long_needle_*.md.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Stage:
     tokens: int
     batch: int  # sequences a step
     steps: int
-    rate: float = 1e-3
+    rate: float
     workers: int = 1
 
     def run(self, line: str) -> str:
@@ -46,17 +46,19 @@ class Stage:
 
 
 STAGES = [
-    Stage(256, 64, 1000, 3e-3),
-    Stage(4096, 4, 400, 3e-3),
-    Stage(16384, 4, 150, 3e-3),
-    Stage(65536, 4, 120, 2e-3, workers=2),
-    Stage(262144, 2, 100, 2e-3),
-    Stage(1048576, 2, 24, 2e-3),
-    Stage(1048576, 2, 40, 2e-3),
-    Stage(16384, 16, 120),
+    Stage(16, 512, 300, 1e-2),  # so short that every channel is soon written to
+    Stage(64, 256, 200, 3e-3),
+    Stage(256, 64, 300, 3e-3),
+    Stage(4096, 4, 200, 3e-3),
+    Stage(16384, 4, 150, 4e-3),
+    Stage(65536, 4, 80, 4e-3, workers=2),
+    Stage(262144, 2, 60, 4e-3),
+    Stage(1048576, 2, 24, 4e-3),
+    Stage(16384, 16, 60, 1e-3),
+    Stage(1048576, 2, 20, 2e-3),
 ]
 LONGEST = max(stage.tokens for stage in STAGES)
-QUICK = [Stage(64, 8, 4), Stage(256, 2, 4)]
+QUICK = [Stage(64, 8, 4, 1e-3), Stage(256, 2, 4, 1e-3)]
 
 
 def launch(*arguments: str) -> None:
@@ -185,14 +187,17 @@ def main() -> None:
     rest = stages[len(shared) :]
     begun = trained("streamed", shared, None)
     lines = ("streamed", "truncated")
+
+    def ask(line: str, stage: Stage) -> None:
+        run, data = folder / stage.run(line), make_data(folder, longest)
+        add(line, stage, longest, evaluate_longer(run, data, longest))
+
+    asked = [("streamed", s) for s in stages if segment <= s.tokens < longest.tokens]
+    if rest[-1].tokens < longest.tokens:
+        asked += [(line, rest[-1]) for line in lines]
     with ThreadPoolExecutor(2) as side_by_side:
-        for done in [side_by_side.submit(trained, line, rest, begun) for line in lines]:
-            done.result()
-    ends = [(line, stage) for line in lines for stage in rest[-1:]]
-    shorter = [stage for stage in stages if segment <= stage.tokens < longest.tokens]
-    for line, stage in ends + [("streamed", stage) for stage in shorter]:
-        run = folder / stage.run(line)
-        add(line, stage, longest, evaluate_longer(run, make_data(folder, longest), longest))
+        list(side_by_side.map(lambda line: trained(line, rest, begun), lines))
+        list(side_by_side.map(lambda pair: ask(*pair), asked))
     print(written(segment, rows))
 
 
