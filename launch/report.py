@@ -30,9 +30,11 @@ class _Record:
 def write_report(folder: RunFolder) -> str:
     """Write the report of a run, and return what the driver prints at the end.
 
-    Raises ValueError where the folder holds no run.
+    Raises ValueError where the folder holds no run, or one without a step.
     """
     config, metrics = load_dumped(folder.config), read_lines(folder.metrics)
+    if not metrics:
+        raise ValueError(f"{folder.path} has taken no step yet, of which a report would tell")
     run = _Record(
         folder,
         config,
@@ -245,7 +247,10 @@ def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:
     from trainer.generate import Sampling, generate, load_run
 
     trained = load_run(folder.path, torch.device("cpu"))
-    stream = TokenStream(config.data, "held_out" if config.evaluate.sequences else "train")
+    if config.evaluate.sequences:
+        stream = TokenStream(config.held_out.data, "held_out")
+    else:
+        stream = TokenStream(config.data, "train")
     prompt = stream.read(0, min(PROMPT_TOKENS, stream.tokens[0]))[0].tolist()
     sampling = Sampling(temperature=0.8, top_k=40, known=trained.known)
     tokens = list(generate(trained.model, prompt, SAMPLE_TOKENS, sampling))

@@ -113,7 +113,7 @@ class TrainConfig:
 @dataclass
 class OptimConfig:
     learning_rate: float = positive(1e-3)
-    final_ratio: float = not_negative(0.1)  # the last step's learning rate over the highest
+    final_ratio: float = not_negative(0.1)  # what the learning rate falls to, over the highest
     warmup_steps: int = not_negative(20)
     weight_decay: float = not_negative(0.1)
     beta1: float = not_negative(0.9, below=1)

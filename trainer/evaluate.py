@@ -179,13 +179,14 @@ def _rolled_out(config: Config, device: torch.device) -> "Rollouts":
 
 
 def evaluated_on(held_out: SequenceReader, config: Config) -> list[Any]:
-    """Which data, at which length, and what was played: a result of others is none."""
+    """Which data, how much, at which length, what was played: a result of others is none."""
     settings = config.evaluate
     chosen = settings.rollout_return, settings.rollout_frames
     played = settings.rollouts, config.first_rollout, *chosen
     return [
         held_out.stream.fingerprint,
         held_out.layout.seq_len,
+        len(held_out.first_sequences(settings.sequences)),
         *(played if settings.rollouts else ()),
     ]
 
@@ -203,8 +204,13 @@ def _position_edges(seq_len: int) -> list[int]:
 def _ngram_losses(
     train: TokenStream, held_out: TokenStream, evaluated: Evaluation
 ) -> dict[str, float]:
-    """Those of each source, counted in it alone, and together by the tokens evaluated in it."""
+    """Those of each source, counted in it alone, and together by the tokens evaluated in it.
+
+    None where other data is held out than the several sources: no one of them is its text.
+    """
     names = train.names
+    if len(names) > 1 and held_out.names != names:
+        return {}
     tokens = {name: n for name, n, *_ in evaluated.by_source} or {names[0]: evaluated.tokens}
     losses: dict[str, float] = {}
     for name, n in tokens.items():

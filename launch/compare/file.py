@@ -14,7 +14,7 @@ from typing import Any
 from models.bounds import Fault, bound_faults, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
 from trainer.checks import data_faults, data_fingerprint, value_faults
-from trainer.config import Config
+from trainer.config import Config, LaunchConfig
 from trainer.settings import ConfigError, file_path, merge
 
 
@@ -92,8 +92,9 @@ class Trainings:
             run.train.steps = steps
         # A run of other settings or data is another: it neither resumes this one nor passes for it.
         fingerprints = [data_fingerprint(run), data_fingerprint(run.held_out)]
-        described = {**asdict(run), "fingerprints": fingerprints}
+        described = {**asdict(run), "fingerprints": fingerprints, "launch": of_results(run)}
         del described["run"]["dir"], described["checkpoint"]
+        described["run"]["max_seconds"] = None  # as far as it comes, it is the same
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(self.folder / f"{self.label}-{digest}")
         return run
@@ -136,6 +137,18 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     return Comparison(settings, config, target, models, cells, tasks)
 
 
+def file_name(task: str) -> str:
+    """With which the names of a task's files begin: a link to one has no spaces."""
+    return task.replace(" ", "_")
+
+
+def of_results(config: Config) -> dict[str, Any]:
+    """The section `launch` with what changes no result as it is by default."""
+    usual = LaunchConfig()
+    names = ("min_workers", "max_failures", "wait_seconds", "silence_seconds")
+    return asdict(config.launch) | {name: getattr(usual, name) for name in names}
+
+
 def label_of(mixer: str | list[str]) -> str:
     """The name by which a report speaks of a mixer."""
     return mixer if isinstance(mixer, str) else "+".join(mixer)
@@ -165,7 +178,12 @@ def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
     own = ["model.", "compare.", "run.dir", "launch.", "parallel."]
     own += ["optim.learning_rate="] if compare.learning_rates else []
     own += ["run.seed="] if compare.seeds else []
+    files: dict[str, str] = {}
     for name, task in compare.tasks.items():
+        if "/" in name or not name.strip(". "):
+            yield "compare.tasks", f"{name!r} is to name folders and files, and cannot"
+        if (other := files.setdefault(file_name(name), name)) != name:
+            yield "compare.tasks", f"{name!r} would name the same files as {other!r}"
         for setting in task:
             if setting.startswith(tuple(own)):
                 yield "compare.tasks", f"{name} sets {setting}, which is the comparison's own"

@@ -10,7 +10,6 @@ from launch.compare.results import (
     Figure,
     Results,
     TrainingRecord,
-    by_rate,
     failure_of,
     figure,
     median_of,
@@ -43,7 +42,8 @@ def findings_of(results: Results) -> Iterator[str]:
                 yield f"{mixer}, {kind}: {why} at {lost[0]:,} tokens."
     for task, runs in results.tasks.items():
         yield from _verdict(task, {label: typical(same) for label, same in runs.items()})
-        yield from _edges(task, runs)
+        for label, tried in runs.items():
+            yield from _edge(f"{task}: {label}", results.rates[task][label], typical(tried))
         for label, why in results.lost[task].items():
             yield f"{task}: the training of {label} failed: {why}"
 
@@ -119,17 +119,14 @@ def _verdict(task: str, runs: dict[str, TrainingRecord]) -> Iterator[str]:
     )
 
 
-def _edges(task: str, runs: dict[str, list[TrainingRecord]]) -> Iterator[str]:
-    """Where the best learning rate may lie outside those that were tried."""
-    for label, tried in runs.items():
-        rates = list(by_rate(tried))
-        best = typical(tried).learning_rate
-        for place, edge, beyond in ((0, "lowest", "lower"), (-1, "highest", "higher")):
-            if len(rates) > 1 and best == rates[place]:
-                yield (
-                    f"{task}: {label} did best at the {edge} learning rate tried, {best:g}: a "
-                    f"{beyond} one may be better still."
-                )
+def _edge(who: str, rates: list[float], best: TrainingRecord) -> Iterator[str]:
+    """Where the best learning rate may lie outside those that were tried, and lost or not."""
+    for place, edge, beyond in ((0, "lowest", "lower"), (-1, "highest", "higher")):
+        if len(rates) > 1 and best.learning_rate == rates[place]:
+            yield (
+                f"{who} did best at the {edge} learning rate tried, {rates[place]:g}: a {beyond} "
+                f"one may be better still."
+            )
 
 
 def _loss_at(run: TrainingRecord, seconds: float) -> float | None:

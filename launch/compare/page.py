@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.files import write_whole
+from launch.compare.file import file_name
 from launch.compare.findings import findings_of
 from launch.compare.results import (
     Cells,
@@ -215,8 +216,7 @@ def _plots(results: Results) -> Iterator[tuple[str, Series, Axes]]:
                 for label, same in runs.items()
             }
             title = f"{task}: held-out loss over {by if by == 'tokens' else 'time'}"
-            # a link has no spaces
-            yield f"{task.replace(' ', '_')}_loss_{by}.png", curves, Axes(title, x, unit)
+            yield f"{file_name(task)}_loss_{by}.png", curves, Axes(title, x, unit)
     if lines := _over_position(results):
         axes = Axes("Held-out loss by position", "from this token to twice as far", unit, True)
         yield "loss_by_position.png", lines, axes

@@ -1,6 +1,7 @@
 """The results of a comparison: its records, on disk and in types, and the figures read off them."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -89,8 +90,9 @@ class TrainingRecord:
 
     @property
     def final_loss(self) -> float:
-        """Held out, after the last step, nats per token."""
-        return self.final["loss"]
+        """Held out, after the last step, nats per token; infinite where it is no number."""
+        loss = self.final["loss"]
+        return loss if math.isfinite(loss) else math.inf
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Results:
     cells: list[CellRecord]
     tasks: dict[str, dict[str, list[TrainingRecord]]]  # name -> label -> runs
     lost: dict[str, dict[str, str]] = field(default_factory=dict)  # task -> training -> why
+    # name -> label -> the learning rates tried, with those whose trainings were lost
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     # name -> label -> the run in as much time as the fastest mixer's took
     in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.compare.cells import CellGang, cell_gang
 from launch.compare.child import STOPPED, Call, Failed
-from launch.compare.file import Comparison
+from launch.compare.file import Comparison, of_results
 from launch.compare.measurements import MEASUREMENTS, Cost
 from launch.compare.results import (
     CellRecord,
@@ -74,6 +74,7 @@ def run_comparison(
         cells=records,
         tasks=trained.tasks,
         lost=trained.lost,
+        rates=trained.rates,
         in_equal_time=trained.in_equal_time,
     )
     results.write(folder / "results.json")
@@ -138,6 +139,7 @@ class _Bench:
         described = asdict(self._config(visit))
         for section in ("run", "data", "checkpoint", "evaluate"):
             del described[section]
+        described["launch"] = of_results(self._config(visit))
         settings = self.comparison.settings
         limits = settings.cell_timeout_seconds, settings.memory_gib_per_worker
         arguments = MEASUREMENTS[visit.kind].arguments(settings, visit.length)
@@ -166,6 +168,7 @@ class _Trained:
 
     tasks: dict[str, Runs] = field(default_factory=dict)
     lost: dict[str, dict[str, str]] = field(default_factory=dict)
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
 
 
@@ -195,9 +198,7 @@ def _train_all(
                 except LaunchError as error:  # marked in the report, and tried again next time
                     lost[name] = str(error).strip().splitlines()[-1]
                     show(f"  failed: {error}")
-            result = _result(config)
-            loss = result["loss"] if result else math.inf
-            return loss if math.isfinite(loss) else math.inf
+            return _curve(config).final_loss if _result(config) else math.inf
 
         search = Search(trainings, attempt)
         try:
@@ -210,6 +211,7 @@ def _train_all(
             for label, configs in search.ran.items()
             if (curves := [_curve(config) for config in configs if _result(config)])
         }
+        trained.rates[task] = {label: sorted(tried) for label, tried in search.losses.items()}
         finished = {label: config for label, config in equal.items() if _result(config)}
         trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
     return trained

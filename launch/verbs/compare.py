@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.compare.file import load_comparison
 from launch.ray_job import make_absolute, place_faults, run_job
-from launch.stop import StopWatch
+from launch.stop import PREEMPTED, StopWatch
 from trainer.config import Config
 from trainer.events import Evaluated, Event, Warned
 from trainer.settings import ConfigError
@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from launch.compare.page import write_comparison  # import torch and matplotlib
     from launch.compare.run import run_comparison
 
-    should_stop = StopWatch("stopping after this cell, or the next step and a checkpoint")
+    told = "stopping after this cell, or the next step and a checkpoint"
+    should_stop = StopWatch(told, comparison.config.run.max_seconds)
     show = partial(print, flush=True)
     results = run_comparison(comparison, show, _training(show, should_stop), should_stop)
     if results is None:
         print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
-        return 0
+        return PREEMPTED if should_stop.preempted else 0
     print("\n" + write_comparison(Path(comparison.settings.dir), results))
     return 0
 

@@ -112,7 +112,9 @@ def train(
 def evaluated(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["step_seconds"] for line in lines)
-    return {**evaluation(run), "seconds": seconds, "tokens": lines[-1]["tokens"]}
+    trained = {"million tokens": lines[-1]["tokens"] / 1e6, "minutes": seconds / 60}
+    rounded = {name: round(value, 1) for name, value in trained.items()}
+    return {**evaluation(run), "trained": {"steps": lines[-1]["step"], **rounded}}
 
 
 def evaluation(run: Path) -> dict[str, Any]:
@@ -127,9 +129,7 @@ def row(line: str, trained: Stage, asked: Stage, found: dict[str, Any]) -> dict[
     return {
         "training": line,
         "last at": f"{trained.tokens:,}",
-        "steps": trained.steps,
-        "million tokens": round(found["tokens"] / 1e6, 1),
-        "minutes": round(found["seconds"] / 60, 1),
+        **found["trained"],
         "asked at": f"{asked.tokens:,}",
         **shares,
     }
@@ -150,18 +150,19 @@ def evaluate_longer(run: Path, data: Path, stage: Stage) -> dict[str, Any]:
     }
     settings = (f"{key}={value}" for key, value in longer.items())
     launch("launch", "train", str(run / "config.yaml"), *settings)
-    return {**evaluation(run), "tokens": 0, "seconds": 0}
+    return {**evaluation(run), "trained": dict.fromkeys(("steps", "million tokens", "minutes"), "")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens, beyond a segment")
     parser.add_argument("--folder", type=Path, default=Path("runs/needle"))
     parser.add_argument("--quick", action="store_true", help="two short lengths, nothing written")
     options = parser.parse_args()
+    if options.longest <= SEGMENT:
+        parser.error(f"--longest {options.longest}: only what is longer than {SEGMENT} is streamed")
     stages = QUICK if options.quick else [s for s in STAGES if s.tokens <= options.longest]
     segment = 64 if options.quick else SEGMENT
-    page = None if options.quick else results.result_path("long_needle", ".md")
     rows: list[dict[str, Any]] = []
     adding = Lock()
 
@@ -169,8 +170,6 @@ def main() -> None:
         with adding:
             rows.append(row(line, trained, asked, found))
             print(rows[-1], flush=True)
-            if page:  # after every row: all of them take hours
-                page.write_text(written(segment, rows))
 
     def trained(line: str, stages: list[Stage], begun: Path | None) -> Path | None:
         for stage in stages:
@@ -198,7 +197,9 @@ def main() -> None:
     with ThreadPoolExecutor(2) as side_by_side:
         list(side_by_side.map(lambda line: trained(line, rest, begun), lines))
         list(side_by_side.map(lambda pair: ask(*pair), asked))
-    print(written(segment, rows))
+    print(page := written(segment, rows))
+    if not options.quick and longest.tokens == LONGEST:
+        results.result_path("long_needle", ".md").write_text(page)
 
 
 def written(segment: int, rows: list[dict[str, Any]]) -> str:

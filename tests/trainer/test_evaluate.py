@@ -13,13 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_prep.sources import Selection
 from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from data_prep.write import Settings, prepare
-from launch.report import risen_loss
+from launch.report import risen_loss, write_report
 from models.lm import LanguageModel
 from tests.trainer.runs import run
 from trainer.config import ConfigError, DataConfig, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.evaluate import ngram_losses
 from trainer.layout import Layout
+from trainer.run_folder import RunFolder
 
 
 def test_ngram_models_equal_a_count_by_hand(dataset):
@@ -110,6 +111,24 @@ def test_a_report_says_when_losses_rose():
 
 
 @pytest.mark.slow
+def test_a_report_continues_the_text_that_was_evaluated(config_file, dataset, tmp_path):
+    """Its own data has no held-out split."""
+    (tmp_path / "text.txt").write_text("nothing like it " * 1000)
+    selection, settings = Selection((str(tmp_path / "text.txt"),)), Settings(held_out=0)
+    prepare(selection, tmp_path / "data", settings, 1, tell=None)
+    folder = RunFolder(config_file.parent / "run")
+    options = [f"data.path={tmp_path / 'data'}", f"evaluate.path={dataset}", "train.steps=1"]
+    run(config_file, 1, *options)
+    write_report(folder)
+    held_out = TokenStream(DataConfig(path=str(dataset)), "held_out")
+    begins = bytes(held_out.read(0, 40)[0].tolist()).decode()
+    assert folder.samples.read_text().startswith(begins)
+    folder.metrics.write_text("")
+    with pytest.raises(ValueError, match="has taken no step yet"):
+        write_report(folder)
+
+
+@pytest.mark.slow
 def test_held_out_data_may_be_others_and_longer(config_file, tmp_path):
     """Trained on problems of 3 to 8 symbols, tested on 30: the losses are those of one process."""
     short = SyntheticSettings("cycle", length=12, distances=(3, 8), train=40, held_out=4)
@@ -131,6 +150,11 @@ def test_held_out_data_may_be_others_and_longer(config_file, tmp_path):
     assert result["tokens"] == 6
     assert result["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert [distance for distance, _, _ in result["by_distance"]] == [8, 30]
+    # more of them are another result; more than there are, the same
+    for asked, there in ((2, 2), (6, 6), (600, 6)):
+        run(config_file, 2, *options, "parallel.sp=2", f"evaluate.sequences={asked}")
+        again = json.loads((config_file.parent / "run" / "evaluation.json").read_text())
+        assert (again["sequences"], again["loss"] == result["loss"]) == (there, there == 6)
     (last,) = result["accuracy_by_position"]
     assert last == [32, 36, pytest.approx(result["accuracy"])]
     for wrong, said in (

@@ -84,6 +84,8 @@ def test_losses_are_the_same_on_any_ranks_and_after_a_stop(config_file, sources,
     assert tokens == (5 * 192, 3 * 192)  # 5.6 and 2.4 of eight are the exact shares
     assert np.dot(tokens, sums) / sum(tokens) == pytest.approx(result["loss"])
     assert "bigram" in result["baselines"]
+    of("whole", 1, f"evaluate.path={sources[1]}")  # no longer the text that n-grams are counted in
+    assert json.loads((whole / "evaluation.json").read_text())["baselines"] == {}
     manifest = json.loads((whole / "checkpoints/step-000004/manifest.json").read_text())
     assert manifest["positions"] == [[0, 5], [0, 3]]
 

@@ -22,7 +22,8 @@ def test_faults_of_the_section_are_told_together(tmp_path):
         tmp_path,
         "compare: {mixers: [attention, rwkv], lengths: [], match: depth, repetitions: 0,\n"
         "  stepz: 3,"
-        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3]},\n"
+        "  memory_gib_per_worker: -1, tasks: {text: [model.dropout=0.1, run.seed=3],\n"
+        "    wiki/long: [], ..: [], a b: [], a_b: []},\n"
         "  learning_rates: [0.1, 0], seeds: [-1], published: {txt: {mamba: 1.5}}}\n"
         "model: {heads: 3, width: 64}\nparallel: {sp: 0}\n",
     )
@@ -38,6 +39,9 @@ def test_faults_of_the_section_are_told_together(tmp_path):
         "evaluate.every: 0 evaluations on the way",
         "compare.tasks: text sets model.dropout=0.1, which is the comparison's own",
         "compare.tasks: text sets run.seed=3, which is the comparison's own",
+        "compare.tasks: 'wiki/long' is to name folders and files, and cannot",
+        "compare.tasks: '..' is to name folders and files, and cannot",
+        "compare.tasks: 'a_b' would name the same files as 'a b'",
         "compare.learning_rates: 0.0 is not positive",
         "compare.seeds: -1 is negative",
         "compare.published: 'txt' is not one of the tasks text",
@@ -97,6 +101,10 @@ def test_a_training_on_other_data_is_another(tmp_path):
         run = load_comparison(path, []).tasks["copy"]["mingru"].first
         folders.append(run.run.dir)
     assert folders[0] == folders[1] != folders[2]
+    limits = ["run.max_seconds=7200", "launch.wait_seconds=300", "launch.max_failures=9"]
+    for options, same in ((limits, True), (["launch.workers=2", "parallel.sp=2"], False)):
+        run = load_comparison(path, options).tasks["copy"]["mingru"].first
+        assert (run.run.dir == folders[2]) == same
 
 
 def test_all_cells_see_the_same_tokens_and_parameters(tmp_path):

@@ -18,10 +18,11 @@ from launch.compare.file import load_comparison
 from launch.compare.findings import _crossing, _loss_at
 from launch.compare.measurements import Cost
 from launch.compare.page import write_comparison
-from launch.compare.results import Point, Results, TrainingRecord, by_rate
+from launch.compare.results import Point, Results, TrainingRecord, best_runs, by_rate
 from launch.compare.run import run_comparison
 from launch.compare.search import beyond
 from launch.gang import LaunchError
+from launch.stop import PREEMPTED
 from trainer.config import Config
 from trainer.measure import ReadingCost, TrainingCost
 
@@ -255,7 +256,11 @@ def test_rates_go_on_until_the_best_lies_inside(comparison_file, gang, tmp_path)
     tokens = [run.tokens[-1] for run in results.in_equal_time["text"].values()]
     assert tokens == [64, 256, 256]
     write_comparison(tmp_path / "out", results)
-    assert "| in 6 s, schedule to its end |" in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| in 6 s, schedule to its end |" in page
+    assert "text: the training of mingru at learning rate 0.008, seed 1 failed: the loss" in page
+    assert "text: mingru did best at" not in page  # 0.008 is beyond its best
+    assert "text: mingru+window did best at" not in page
 
 
 def test_the_next_rate():
@@ -285,6 +290,14 @@ def test_crossing_is_told_as_it_is():
     assert "0.50 times its memory at 1 tokens, 0.25 times at 2" in less
 
 
+def test_a_loss_that_is_no_number_is_no_best():
+    runs = [
+        TrainingRecord(rate, 0, [], [], [], [], {"loss": loss})
+        for rate, loss in ((1e-4, math.nan), (1e-3, 2.0))
+    ]
+    assert [run.learning_rate for run in best_runs(runs)] == [1e-3]
+
+
 def test_loss_at_a_time_lies_between_evaluations():
     points = [Point(0, 2, 4.0), Point(0, 4, 2.0)]
     run = TrainingRecord(1e-3, 0, [], [], [], points, {})
@@ -302,10 +315,10 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, hea
     assert first.stdout
     for line in first.stdout:
         if line.startswith("[2/"):
-            first.send_signal(signal.SIGINT)
+            first.send_signal(signal.SIGTERM)
             break
     rest = first.stdout.read()
-    assert first.wait(60) == 0, rest
+    assert first.wait(60) == PREEMPTED, rest
     assert "the same command goes on" in rest
     before = json.loads((tmp_path / "out" / "measurements.json").read_text())
     assert 2 <= len(before) < 4
