@@ -193,8 +193,8 @@ def _held_out(streams: Streams, pieces: list[Piece]) -> Iterator[str]:
     """Which large documents are held out: whoever evaluates on them should know."""
     for part, key, tokens, cut in streams.large_held_out():
         files = pieces[part].files
-        named = [f.path for f in files if document_key(f.name) == key]
-        document = pieces[part].document or (named or [f"a document of {files[0].path}"])[0]
+        named = " or ".join(f.path for f in files if document_key(f.name) == key)
+        document = pieces[part].document or named or f"a document of {files[0].path}"
         what = f"the last {tokens:,} tokens of {document}" if cut else f"all of {document}"
         yield f"held out: {what}" + ("" if cut else f" ({tokens:,} tokens)")
 

@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run_verb(args)
+    except KeyboardInterrupt:  # before a verb watches for it, or the second time
+        print("stopped at once", file=sys.stderr)
+        return 130
     except (ValueError, LaunchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from launch.placement import plan, shown
 from launch.ray_job import run_job
 from trainer.config import Config
 from trainer.events import Event, Started, Stepped, Warned
+from trainer.run_folder import RunFolder
 
 ANSWER_SECONDS = 180
 CLOCK_SECONDS = 1.0  # apart at most, or times in logs and goodput mislead
@@ -115,10 +116,10 @@ def _folder(config: Config) -> str:
 
 
 def _room_for_checkpoints(config: Config) -> Iterator[Finding]:
-    written = [p for p in Path(_folder(config)).glob("checkpoints/*/**/*") if p.is_file()]
-    if not written:  # on storage that this machine does not see
+    saved = RunFolder(_folder(config)).saved()
+    if not saved:  # on storage that this machine does not see
         return
-    each = sum(path.stat().st_size for path in written)
+    each = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file())
     needed = (config.checkpoint.keep + 1) * each  # an old one goes when a new one is complete
     free = shutil.disk_usage(_folder(config)).free
     said = f"{each / 2**20:,.1f} MiB each; checkpoint.keep {config.checkpoint.keep} and one on its "

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from trainer.checks import value_faults
 from trainer.config import Config
 
 Rooms = dict[str, int]  # how many workers each machine could take, by its id
@@ -51,16 +52,14 @@ def shown(rooms: Rooms) -> str:
 def _shardings(config: Config, workers: int) -> Iterator[int]:
     """Every sp that this many workers could have: the configured one, then the highest first.
 
-    Long shards take the most memory.
+    Long shards take the most memory. Segments, a curriculum and evaluation must be divided too.
     """
-    wanted = config.parallel.sp
+    wanted, train = config.parallel.sp, config.train
     divisors = [sp for sp in range(workers, 0, -1) if workers % sp == 0]
     for sp in sorted(divisors, key=lambda sp: sp != wanted):
-        train, model = config.train, config.model
         together = workers // sp * train.micro_batch_size  # sequences
-        sees_enough = sp == 1 or train.seq_len // sp >= model.halo_width
-        divides = train.seq_len % sp == 0 and train.batch_size % together == 0
-        if divides and sees_enough and not list(model.sp_faults(sp)):
+        divides = train.seq_len % sp == 0 and train.batch_size % together == 0  # soon told
+        if divides and not any(value_faults(Plan(sp, ("",) * workers).applied(config))):
             yield sp
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from datetime import timedelta
 from typing import Never
 
 from tqdm import tqdm
@@ -66,7 +67,7 @@ class Progress:
         loss = math.nan if metrics["loss"] is None else metrics["loss"]
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-            f"ETA {time.strftime('%H:%M:%S', time.gmtime(metrics['eta_seconds']))}",
+            f"ETA {timedelta(seconds=round(metrics['eta_seconds'] or 0))}",
             refresh=False,
         )
         self._bar.update(step - self._bar.n)

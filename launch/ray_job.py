@@ -48,8 +48,12 @@ def load_for_here(path: str, overrides: list[str]) -> Config:
     """A run's configuration, checked for where its workers will be. Raises ConfigError."""
     config = load_config(path, overrides)
     paths = [("run.dir", config.run.dir), *(("data.path", path) for path in config.data.sources)]
-    if config.checkpoint.remote:
-        paths.append(("checkpoint.remote", config.checkpoint.remote))
+    optional = {
+        "checkpoint.remote": config.checkpoint.remote,
+        "evaluate.path": config.evaluate.path,
+        "train.init_from": config.train.init_from,
+    }
+    paths += [(key, path) for key, path in optional.items() if path]
     if faults := place_faults(paths, config.launch):
         raise ConfigError(path, faults)
     make_absolute(config)
@@ -113,7 +117,8 @@ def run_job(
                 driver.close()
                 driver = None
             if should_stop():
-                raise LaunchError(f"{shown}; it was asked to stop, and is not started again")
+                on_event(Warned(f"{shown}: not started again, as it was asked to stop"))
+                return False
             tally.fail(shown)
             again = f"starting all workers again from the last checkpoint ({tally})"
             on_event(Warned(f"{shown}: {again}"))
@@ -180,6 +185,8 @@ class _Driver:
             while True:
                 if not self._connected and (time.monotonic() > deadline or should_stop()):
                     self._process.send_signal(signal.SIGHUP)  # it would try for minutes
+                    if should_stop():
+                        return GangEnd()  # of which nothing had begun
                     waited = f"Ray did not answer within {CONNECT_SECONDS} s"
                     return Refused(no_cluster(waited) if "RAY_ADDRESS" in os.environ else waited)
                 if should_stop() and not asked:

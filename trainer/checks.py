@@ -11,25 +11,11 @@ from data_prep.mixture import Mixture
 from data_prep.schema import SPLITS, DatasetInfo, file_faults, load_info
 from models.bounds import Fault, bound_faults
 from trainer.layout import AUTO
-from trainer.run_folder import RunFolder
-from trainer.settings import get, leaves_of
 from trainer.storage import address_fault
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
-# What a run may not change between two starts: the numbers would no longer be one run's.
-FIXED_KEYS = (
-    "model",
-    "run.seed",
-    "data.reset_state",
-    "data.shift",
-    "deepspeed.zero_stage",
-    "train.dtype",
-    "train.seq_len",
-    "train.curriculum",
-    "train.curriculum_steps",
-)
 FRAME_WIDTHS = ("observation_width", "action_width")
 
 
@@ -81,8 +67,14 @@ def value_faults(config: Config) -> Iterator[Fault]:
 
 
 def _curriculum_faults(config: Config) -> Iterator[Fault]:
-    """Where its lengths do not fit a step, or the ranks."""
+    """Where its lengths do not fit the run, a step, or the ranks."""
     train = config.train
+    if train.curriculum and (ends := len(train.curriculum) * train.curriculum_steps) >= train.steps:
+        yield (
+            "train.curriculum",
+            f"its {len(train.curriculum)} lengths last {ends} steps, and train.steps {train.steps} "
+            f"leaves none for train.seq_len: raise it, or lower train.curriculum_steps",
+        )
     for stage, length in enumerate(train.curriculum):
         if length < 1:
             continue  # below its bound
@@ -320,30 +312,4 @@ def info_faults(
             f"the held-out split of {path} has {info.splits['held_out'].tokens} tokens, one "
             f"sequence needs {needed}: use 0 for no evaluation, or prepare the data with a larger "
             f"--held-out",
-        )
-
-
-def resume_faults(folder: RunFolder, before: Config, now: Config) -> Iterator[Fault]:
-    """(key, what is wrong) where `now` cannot go on with the run that `before` configured."""
-    for name, _ in leaves_of(type(now)):
-        fixed = name in FIXED_KEYS or name.partition(".")[0] in FIXED_KEYS
-        if fixed and get(before, name) != get(now, name):
-            yield (
-                name,
-                f"{get(now, name)!r} differs from {get(before, name)!r} of the run in "
-                f"{folder.path}, which would resume: keep it, or choose another run.dir",
-            )
-    manifest = folder.newest_manifest() if now.checkpoint.resume_step is None else None
-    if manifest and manifest["step"] > now.train.steps:
-        yield (
-            "train.steps",
-            f"{now.train.steps} is below step {manifest['step']}, which the run in {folder.path} "
-            f"has reached: raise it, or choose another run.dir",
-        )
-    data = data_fingerprint(now)
-    if manifest and data and data != manifest["data_fingerprint"]:
-        yield (
-            "data.path",
-            f"{now.data.path} is not the data that the run in {folder.path} was trained on: its "
-            f"order would be another; give back the same data, or choose another run.dir",
         )

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.files import write_whole
 from models.bounds import Fault, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
-from trainer.checks import data_faults, resume_faults, value_faults, widths_of_data
+from trainer.checks import data_faults, value_faults, widths_of_data
+from trainer.fixed import resume_faults
 from trainer.layout import AUTO, Layout, Plan, even_segments
 from trainer.run_folder import RunFolder
 from trainer.settings import ConfigError, file_path, merge

@@ -4,15 +4,17 @@ import shutil
 import time
 import warnings
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
 from models.scan import choose_backend
 from trainer import checkpoint
-from trainer.checkpoint import Saved
+from trainer.checkpoint import Manifest, Saved
 from trainer.config import Config, dump_config, load_dumped
 from trainer.data import TokenStream
 from trainer.engine import Engine
+from trainer.fixed import fixed_values
 from trainer.goodput import Submission
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
@@ -106,7 +108,9 @@ def find_checkpoint(
 
         topology.on_first(go_back)
     elif mirror:
-        checkpoint.fetch(folder, mirror, topology)
+        where = f"kept at checkpoint.remote {remote}"
+        fits = partial(_check_resume, where=where, config=config, data=data)
+        checkpoint.fetch(folder, mirror, topology, fits)
     if settings.resume_step is None:
 
         def leave_bad() -> None:
@@ -119,7 +123,7 @@ def find_checkpoint(
         topology.on_first(leave_bad)
     saved = checkpoint.find(folder, topology, worker.warn)
     if saved:
-        _check_resume(saved, config, data)
+        _check_resume(saved.manifest, f"in {config.run.dir}", config, data)
     return saved, mirror
 
 
@@ -136,15 +140,21 @@ def scan_backends(engine: Engine, worker: Worker) -> str:
     return " and ".join(sorted(backends)) or "no"
 
 
-def _check_resume(saved: Saved, config: Config, data: TokenStream) -> None:
-    manifest = saved.manifest
+def _check_resume(manifest: Manifest, where: str, config: Config, data: TokenStream) -> None:
+    """Raises ValueError where `config` cannot go on with the run that is `where`."""
+    told = f"the run {where}, which would resume: "
+    else_ = "or choose another run.dir, and another checkpoint.remote if there is one"
     if manifest.step > config.train.steps:
         raise ValueError(
-            f"train.steps {config.train.steps} is below step {manifest.step}, which the run in "
-            f"{config.run.dir} has reached: raise it, or choose another run.dir"
+            f"train.steps {config.train.steps} is below step {manifest.step} of {told}raise it, "
+            f"{else_}"
         )
     if manifest.data_fingerprint != data.fingerprint:
         raise ValueError(
-            f"data.path {config.data.path} is not the data that the run was trained on: its order "
-            f"would be another; give back the same data, or choose another run.dir"
+            f"data.path {config.data.path} is not the data of {told}its order would be another: "
+            f"give back the same data, {else_}"
         )
+    for name, value in fixed_values(config).items():
+        before = manifest.fixed.get(name, value)
+        if before != value:
+            raise ValueError(f"{name} {value!r} differs from {before!r} of {told}keep it, {else_}")

@@ -30,6 +30,7 @@ from trainer.events import (
     Stopped,
     silent,
 )
+from trainer.fixed import fixed_values
 from trainer.footprint import settle
 from trainer.goodput import SaveSchedule, Submission, of_this_process
 from trainer.guard import RECENT, Guard, RunError, compare_replicas
@@ -250,6 +251,7 @@ class _Run:
             sequences_consumed=self.consumed,
             data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
+            fixed=fixed_values(self.config),
             runs=runs,
             way=way(self.stage) if runs else {},
         )

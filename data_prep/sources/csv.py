@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.sources.pieces import Faulty, File, Piece, Record, Text, whole
+from data_prep.sources.pieces import UNTOLD, Faulty, File, Piece, Record, Text, whole
 from data_prep.sources.storage import open_file
 
 csv_library.field_size_limit(sys.maxsize)
@@ -44,8 +44,8 @@ def _rows(file: File, reader: Any, field: str) -> Iterator[Record]:
         try:
             row = next(reader, None)
         except csv_library.Error as error:
-            yield Faulty(f"{file.path}:{reader.line_num}: row {number} is not CSV ({error})")
-            return
+            where = f"{file.path}:{reader.line_num}: row {number}"
+            raise ValueError(f"{where} is not CSV ({error}){UNTOLD}") from None
         if row is None:
             return
         if not row:  # an empty line

@@ -9,6 +9,7 @@ from data_prep.sources.fields import record_of, text_in
 from data_prep.sources.pieces import (
     MARK,
     PIECE_BYTES,
+    UNTOLD,
     Faulty,
     File,
     Piece,
@@ -46,16 +47,9 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
         with open_file(file.path, file.packing) as f:
             data = f.read()
         marked = data.startswith(MARK)
-        try:
-            text = decode(data[len(MARK) * marked :], file, len(MARK) * marked)
-        except ValueError as error:
-            yield Faulty(str(error))
-            continue
+        text = decode(data[len(MARK) * marked :], file, len(MARK) * marked)
         line, counted = 1, 0
         for at, value in _values(text, file.path):
-            if isinstance(value, Faulty):
-                yield value
-                continue
             line, counted = line + text.count("\n", counted, at), at
             where = f"{file.path}:{line}"
             try:
@@ -68,7 +62,7 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
 
 
 def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
-    """(offset, value) of every record; the first that is no JSON is Faulty, and the last."""
+    """(offset, value) of every record. Raises ValueError for what is no JSON."""
     decoder = json_library.JSONDecoder(object_pairs_hook=record_of)
     at = _skip(text, 0, SPACE)
     array = text[at : at + 1] == "["
@@ -84,8 +78,7 @@ def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error).split(";")[0]
             bad = getattr(error, "pos", at)
-            yield at, Faulty(f"{path}:{text.count(chr(10), 0, bad) + 1}: not JSON ({reason})")
-            return
+            raise _no_json(text, bad, path, reason) from None
         yield at, value
         at = _skip(text, end, SPACE)
         if array and text[at : at + 1] == ",":
@@ -94,13 +87,15 @@ def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
                 continue
         elif not array or text[at : at + 1] in ("]", ""):
             continue
-        line = text.count("\n", 0, at) + 1
-        yield at, Faulty(f"{path}:{line}: not JSON (one comma between records, and none after)")
-        return
+        raise _no_json(text, at, path, "one comma between records, and none after")
     if at < len(text) or not closed:
-        line = text.count("\n", 0, at) + 1
         why = "the array has no end" if not closed else "something after the array"
-        yield at, Faulty(f"{path}:{line}: not JSON ({why})")
+        raise _no_json(text, at, path, why)
+
+
+def _no_json(text: str, at: int, path: str, reason: str) -> ValueError:
+    line = text.count("\n", 0, at) + 1
+    return ValueError(f"{path}:{line}: not JSON ({reason}){UNTOLD} (--format jsonl: a line each)")
 
 
 def _skip(text: str, at: int, characters: str) -> int:

@@ -67,6 +67,8 @@ class Faulty:
 
 
 Record = Text | Faulty
+# Of what breaks a file: nobody knows how many records are lost with it.
+UNTOLD = ", and where records begin after that nobody can tell: mend the file, or leave it out"
 
 
 def whole(*files: File, document: str | None = None) -> Piece:

@@ -189,9 +189,25 @@ def test_a_faulty_record_is_named_and_need_not_stop_a_corpus(name, data, said, t
 def test_an_array_that_ends_too_soon_is_told(tmp_path):
     for text, why in {"[1": "no end", '[{"text":"a"}] x': "something after", "[": "no end"}.items():
         (tmp_path / "a.json").write_text(text)
-        assert any(
-            why in fault.message for fault in faults_of(Selection((str(tmp_path / "a.json"),)))
-        )
+        with pytest.raises(ValueError, match=why):
+            faults_of(Selection((str(tmp_path / "a.json"),)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.csv", b'text,id\na,1\n"b"x,2\nc,3\n', "a.csv:3: row 2 is not CSV"),
+        ("a.csv", b'text,id\na,1\n"b,2\nc,3\n', "a.csv:4: row 2 is not CSV"),
+        ("a.json", b'[{"text":"a"},\n{"text":},\n{"text":"c"}]', "a.json:2: not JSON"),
+        ("a.json", b'[{"text":"a"},\n{"text":"\xe9"},\n{"text":"c"}]', "a.json:2: byte 0xe9"),
+    ],
+)
+def test_what_breaks_a_file_is_not_one_faulty_record(name, data, said, tmp_path):
+    """All that follows would be left out with it, and nobody told."""
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        prepare(Selection((str(path),)), tmp_path / "out", Settings(skip_faulty=9), 1, tell=None)
 
 
 def test_no_content_is_taken_for_another_kind(tmp_path):
@@ -268,8 +284,8 @@ def test_csv_is_read_strictly(tmp_path):
     path = tmp_path / "a.csv"
     for text in ('id,text\n1,"abc\n2,def\n', 'id,text\n1,"abc"def\n'):
         path.write_text(text)
-        (fault,) = faults_of(Selection((str(path),)))
-        assert "a.csv:" in fault.message
+        with pytest.raises(ValueError, match=r"a\.csv:\d: row 1 is not CSV"):
+            faults_of(Selection((str(path),)))
     path.write_text("text,text\na,b\n")
     with pytest.raises(ValueError, match="2 columns 'text'"):
         texts_of(Selection((str(path),)))
@@ -281,7 +297,8 @@ def test_json_is_read_strictly_and_in_linear_time(tmp_path):
     path = tmp_path / "a.json"
     for text in ('[{"text":"a"},]', '[{"text":"a"} {"text":"b"}]', '[{"text":"a"},,{"text":"b"}]'):
         path.write_text(text)
-        assert faults_of(Selection((str(path),)))
+        with pytest.raises(ValueError, match="not JSON"):
+            faults_of(Selection((str(path),)))
     path.write_text('{"text": "a"}\n{\n "text":\n "b"}\n')
     assert texts_of(Selection((str(path),))) == ["a", "b"]
     path.write_text("[" + ",\n".join('{"text": "%s"}' % ("x" * 100) for _ in range(40_000)) + "]")

@@ -11,10 +11,10 @@ import pytest
 
 from launch.driver import GangEnd, Outcome
 from launch.gang import LaunchError, Place, _interface_of, environments
-from launch.ray_job import _first_cause, _shared_message, _Tally, place_faults
+from launch.ray_job import _first_cause, _shared_message, _Tally, place_faults, run_job
 from launch.stop import StopWatch
 from tests.launch.conftest import ROOT, without_ray
-from trainer.config import LaunchConfig
+from trainer.config import LaunchConfig, load_config
 
 
 def test_ranks_find_each_other():
@@ -65,6 +65,13 @@ def test_no_cluster_at_the_address_is_told(config_file):
     )
     assert done.returncode == 1
     assert "no Ray cluster answers at RAY_ADDRESS=not an address" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_while_ray_starts_is_a_stop_in_good_order(config_file):
+    """Not a cluster that does not answer: what is pre-empted then is to be started again too."""
+    config = load_config(config_file, [])
+    assert run_job(config, lambda _: None, lambda: True) is False
 
 
 def _end(*outcomes: Outcome) -> GangEnd:

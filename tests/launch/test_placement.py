@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.placement import plan, shown
+from launch.placement import Plan, plan, shown
 from trainer.config import Config
 
 
@@ -58,6 +58,21 @@ def test_fewer_workers_get_a_layout_of_their_own(least, rooms, workers, sp):
     applied = planned.applied(config)
     assert (applied.launch.workers, applied.parallel.sp) == (workers, sp)
     assert applied.train == config.train  # the same batch, the same order of its data
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("segment_len", 4096), ("curriculum", [256]), ("segment_len", 6144)]
+)
+def test_fewer_workers_lose_no_token_of_a_segment(key, value):
+    """Three divide the sequence, but no segment of 4,096 tokens, nor 256 before it."""
+    config = _config(4, 4, 2, seq_len=12_288)
+    config.train.batch_size, config.model.conv_width = 1, 4
+    assert plan(config, {"a": 3}) == Plan(3, ("a",) * 3)
+    setattr(config.train, key, value)
+    config.train.curriculum_steps = 10
+    planned = plan(config, {"a": 3})
+    assert planned
+    assert planned.sp == (3 if value == 6144 else 2)
     assert config.launch.workers == 4
 
 

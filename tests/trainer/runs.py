@@ -60,6 +60,19 @@ def run(config_file: Path, ranks: int, *overrides: str) -> list[Event]:
     return run_distributed(train_here, ranks, config_file, list(overrides))[0]
 
 
+def refused(config_file: Path, ranks: int, *overrides: str) -> str:
+    """What the workers say of a run that they do not begin."""
+    return run_distributed(_refused, ranks, config_file, list(overrides))[0]
+
+
+def _refused(config_file: Path, overrides: list[str]) -> str:
+    try:
+        train_here(config_file, overrides)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("trained")
+
+
 def plain_training(config_file: Path, *overrides: str) -> Figures:
     """The same run as a dozen lines of torch on whole sequences: the definition of correct."""
     config = load_config(config_file, list(overrides))

@@ -8,8 +8,7 @@ import pytest
 
 from data_prep.sources import Selection
 from data_prep.write import Settings, prepare
-from tests.distributed import run_distributed
-from tests.trainer.runs import run, train_here
+from tests.trainer.runs import refused, run
 from trainer.config import load_config
 from trainer.data import SequenceReader, open_split
 from trainer.layout import Layout
@@ -90,14 +89,6 @@ def test_losses_are_the_same_on_any_ranks_and_after_a_stop(config_file, sources,
     assert manifest["positions"] == [[0, 5], [0, 3]]
 
 
-def _refused(config_file: Path, overrides: list[str]) -> str:
-    try:
-        train_here(config_file, overrides)
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("trained")
-
-
 def test_what_cannot_be_mixed_is_refused(config_file, sources, tmp_path):
     """Other tokens, weights that are none or changed, a source twice; by workers too, of URLs."""
     ended = _prepared(tmp_path / "ended", "a text\n" * 500, end_of_document="new")
@@ -122,4 +113,4 @@ def test_what_cannot_be_mixed_is_refused(config_file, sources, tmp_path):
         "model.vocab_size=257",
         "run.dir=" + str(tmp_path / "x"),
     ]
-    assert "not of one tokenizer" in run_distributed(_refused, 1, config_file, options)[0]
+    assert "not of one tokenizer" in refused(config_file, 1, *options)

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from tests.distributed import free_port, run_distributed
-from tests.trainer.runs import figures, run, started_at, train_here, warnings
+from tests.trainer.runs import figures, refused, run, started_at, train_here, warnings
 from trainer.events import Event
 from trainer.run_folder import RunFolder
 from trainer.storage import MANIFEST, Mirror
@@ -174,6 +174,23 @@ def test_a_store_that_is_killed_amid_a_save_and_forgets_it_costs_that_save(store
     for path in here.checkpoint(6).rglob("*.*"):
         twin = kept.checkpoint(6) / path.relative_to(here.checkpoint(6))
         assert path.read_bytes() == twin.read_bytes()
+
+
+@pytest.mark.slow
+def test_another_run_does_not_go_on_from_what_a_run_keeps_elsewhere(config_file, dataset, tmp_path):
+    """Nor does it prune that: the folder is another, the address is the same."""
+    there = ["train.steps=3", "evaluate.sequences=0", f"checkpoint.remote=file://{tmp_path}/kept"]
+    run(config_file, 1, *there)
+    mine = f"run.dir={tmp_path / 'mine'}"
+    for other, said in (
+        ("run.seed=7", "run.seed 7 differs from 0 of the run kept at checkpoint.remote file:"),
+        ("model.width=24", "model.width 24 differs from 16"),
+        ("train.steps=2", "train.steps 2 is below step 3 of the run kept at"),
+    ):
+        assert said in refused(config_file, 1, *there, mine, other)
+        assert not RunFolder(tmp_path / "mine").saved()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-000003"]
+    assert started_at(run(config_file, 1, *there, mine, "train.steps=4")) == 3
 
 
 @pytest.mark.slow
