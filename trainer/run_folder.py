@@ -227,6 +227,8 @@ def _mend_lines(path: Path, keys: tuple[str, ...]) -> str | None:
         elif number < len(lines) - 1 or texts[number].endswith("\n"):  # the last may be torn
             bad += 1
     if not bad:
+        if texts and not texts[-1].endswith("\n"):  # or the next line would go on in it
+            _write_lines(path, kept)
         return None
     aside = _set_aside(path)
     if path.name == "manifests.jsonl":  # with some of them gone, good checkpoints would be refused

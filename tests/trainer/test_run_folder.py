@@ -14,7 +14,7 @@ from tests.trainer.runs import figures, of_kind, run, started_at, warnings
 from tests.trainer.test_resume import _assert_identical, _state
 from trainer import checkpoint
 from trainer.events import Started
-from trainer.run_folder import RunFolder, read_lines
+from trainer.run_folder import RunFolder, add_line, read_lines
 
 BASE = ["train.steps=4", "checkpoint.every=2", "checkpoint.keep=3", "evaluate.sequences=2"]
 
@@ -108,6 +108,17 @@ def test_a_start_after_a_nan_goes_back_beyond_what_led_there(config_file):
     assert (folder.checkpoints / "step-000003.left").is_dir()
     started = run(config_file, 1, *every, "checkpoint.resume_step=3", "train.stop_after=1")
     assert started_at(started) == 3  # that of the run that was mended
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "sha', '{"step": 2, "sha256": "b"}'])
+def test_no_line_goes_on_in_one_that_was_torn(tmp_path, torn):
+    """A machine died amid it: it is left out, or whole but for its end."""
+    folder = RunFolder(tmp_path)
+    folder.manifests.write_text('{"step": 1, "sha256": "a"}\n' + torn)
+    assert folder.mend() == []
+    add_line(folder.manifests, {"step": 3, "sha256": "c"})
+    kept = [1, 2, 3] if torn.endswith("}") else [1, 3]
+    assert [line["step"] for line in read_lines(folder.manifests)] == kept
 
 
 def test_foreign_names_are_left_alone(tmp_path):
