@@ -3,9 +3,8 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from data_prep.files import at_home
+from data_prep.files import at_home, folder_here
 from data_prep.remote import Remote
 from data_prep.sources import FORMATS, Selection
 from data_prep.sources.storage import is_address
@@ -122,8 +121,8 @@ def _verify(argv: list[str]) -> int:
     from data_prep.verify import verify
 
     parser = argparse.ArgumentParser(prog="python -m data_prep verify")
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("folder", metavar="DIR")
+    folder = folder_here(parser.parse_args(argv).folder)
     faults = verify(folder)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

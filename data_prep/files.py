@@ -36,7 +36,7 @@ def at_home(path: str) -> Path:
 def folder_here(path: str) -> Path:
     """The same, where an address would not do. Raises ValueError for one."""
     if "://" in path:
-        raise ValueError(f"--out {path} is an address: name a folder of this machine")
+        raise ValueError(f"{path} is an address: name a folder of this machine")
     return at_home(path)
 
 

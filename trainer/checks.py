@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.mixture import Mixture
@@ -193,7 +194,11 @@ def _folder_faults(
     if data.cache and "://" in data.cache:
         faults.append(("data.cache", f"{data.cache} is an address: name a folder of this machine"))
     known: dict[str, DatasetInfo] = {}
+    places: dict[Path, str] = {}
     for path in data.sources:
+        if "://" not in path and (first := places.setdefault(Path(path).resolve(), path)) != path:
+            message = f"{first} and {path} are one folder: name it once, with the weight of both"
+            faults.append(("data.path", message))
         if "://" in path:
             if fault := address_fault(path):
                 faults.append(("data.path", fault))
