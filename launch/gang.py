@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from launch.placement import Plan, Rooms, plan, shown
 from trainer.config import Config
 
+PACKAGES = ("data_prep", "launch", "models", "trainer")  # what workers import
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray inside `ray job submit`
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_NCCL_")  # what a user sets of the collectives
 SETTLE_SECONDS = 5
@@ -45,15 +46,17 @@ class LaunchError(RuntimeError):
 
 def connect(config: Config) -> None:
     """Join the cluster of RAY_ADDRESS, or start a Ray of our own, bound to loopback."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else a warning about CUDA devices
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
         import ray
 
-        # inside a job the working directory has been uploaded already
-        environment = {} if IN_JOB in os.environ else {"working_dir": root}
+        # inside a job the working directory has been uploaded already; the folder that holds our
+        # packages may be a whole site-packages
+        ours = {"py_modules": [str(root / name) for name in PACKAGES]}
+        environment = {} if IN_JOB in os.environ else ours
         try:
             ray.init(runtime_env=environment, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -76,7 +79,7 @@ def connect(config: Config) -> None:
         num_cpus=max(os.cpu_count() or 1, round(launch.workers * launch.cpus_per_worker + 0.5)),
         object_store_memory=100 << 20,  # only progress lines pass through it
         include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
         **quiet,
     )
 
