@@ -79,7 +79,7 @@ recall-data: setup
 marathon: setup
 	$(RUN) -m tests.benchmarks.marathon
 
-# A needle a million tokens back, learned over growing lengths, streamed and truncated: an hour and a half.
+# A needle a million tokens back, learned over growing lengths, streamed and truncated: about an hour.
 needle: setup
 	$(RUN) -m tests.benchmarks.long_needle
 

@@ -46,7 +46,7 @@ class Stage:
 
 
 STAGES = [
-    Stage(16, 512, 300, 1e-2),  # so short that every channel is soon written to
+    Stage(16, 512, 300, 1e-2),  # a thousand answers a step: soon learned
     Stage(64, 256, 200, 3e-3),
     Stage(256, 64, 300, 3e-3),
     Stage(4096, 4, 200, 3e-3),
