@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from trainer.checks import value_faults
+from trainer.checks import layout_faults
 from trainer.config import Config
 
 Rooms = dict[str, int]  # how many workers each machine could take, by its id
@@ -59,7 +59,10 @@ def _shardings(config: Config, workers: int) -> Iterator[int]:
     for sp in sorted(divisors, key=lambda sp: sp != wanted):
         together = workers // sp * train.micro_batch_size  # sequences
         divides = train.seq_len % sp == 0 and train.batch_size % together == 0  # soon told
-        if divides and not any(value_faults(Plan(sp, ("",) * workers).applied(config))):
+        as_configured = (workers, sp) == (config.launch.workers, wanted)  # who asks has checked it
+        if as_configured or (
+            divides and not any(layout_faults(Plan(sp, ("",) * workers).applied(config)))
+        ):
             yield sp
 
 

@@ -37,8 +37,8 @@ def place_faults(paths: Iterable[tuple[str, str]], launch: LaunchConfig) -> list
         gpus = f"launch.gpus_per_worker: {each}, but this machine has {found} GPUs: set 0 to train "
         return [f"{gpus}without, or RAY_ADDRESS to use a cluster's"] if wanted > found else []
     return [
-        f"{key}: {value} is relative, but workers of a cluster start in folders of their own that "
-        f"are deleted: give an absolute path on storage that all of them share"
+        f"{key}: {value} is relative, but workers of a cluster start in other folders, which may "
+        f"go: give an absolute path on storage that all of them share"
         for key, value in paths
         if "://" not in value and not Path(value).is_absolute()
     ]

@@ -145,13 +145,17 @@ def _write_all(folder: Path, files: Files) -> dict[str, dict[str, Any]]:
     return sealed
 
 
-def fetch(
-    run: RunFolder, mirror: Mirror, topology: Topology, check: Callable[[Manifest], None]
-) -> None:
-    """Bring the newest checkpoint of the mirror here, if none here is as new and `check` lets it.
+def mirrored(mirror: Mirror) -> Manifest | None:
+    """The manifest of the newest checkpoint there; None where there is none, or it is damaged."""
+    newest = mirror.saved()[:1]
+    try:
+        return Manifest(**mirror.manifest(newest[0])) if newest else None
+    except (TypeError, ValueError):
+        return None
 
-    Raises what that raises: it may be another run's.
-    """
+
+def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
+    """Bring the newest checkpoint of the mirror here, if none here is as new."""
 
     def newest() -> str | None:
         there, here = mirror.saved()[:1], [path.name for path in run.saved()[:1]]
@@ -167,15 +171,8 @@ def fetch(
     files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
     mine = files[topology.rank :: topology.world_size]
     topology.together(lambda: mirror.download(name, mine, partial))
-    topology.on_first(lambda: _check(partial, check))
     topology.on_first(lambda: _record(run, partial, _place(name)[0]))
     topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
-
-
-def _check(fetched: Path, check: Callable[[Manifest], None]) -> None:
-    manifest, _ = _read_manifest(fetched)
-    if manifest:  # else it is damaged, which `find` tells
-        check(manifest)
 
 
 def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:

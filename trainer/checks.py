@@ -61,21 +61,20 @@ def value_faults(config: Config) -> Iterator[Fault]:
             "it chooses checkpoint.every_seconds, which is set too: leave one of them null",
         )
     if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
-        yield from _sharding_faults(config)
-        yield from _curriculum_faults(config)
-        if config.evaluate.seq_len is not None:
-            yield from _of_evaluation(length_faults(config.held_out), config)
+        yield from layout_faults(config)
+
+
+def layout_faults(config: Config) -> Iterator[Fault]:
+    """Where sequences of any length that the run has do not fit its workers."""
+    yield from _sharding_faults(config)
+    yield from _curriculum_faults(config)
+    if config.evaluate.seq_len is not None:
+        yield from _of_evaluation(length_faults(config.held_out), config)
 
 
 def _curriculum_faults(config: Config) -> Iterator[Fault]:
-    """Where its lengths do not fit the run, a step, or the ranks."""
+    """Where its lengths do not fit a step, or the ranks."""
     train = config.train
-    if train.curriculum and (ends := len(train.curriculum) * train.curriculum_steps) >= train.steps:
-        yield (
-            "train.curriculum",
-            f"its {len(train.curriculum)} lengths last {ends} steps, and train.steps {train.steps} "
-            f"leaves none for train.seq_len: raise it, or lower train.curriculum_steps",
-        )
     for stage, length in enumerate(train.curriculum):
         if length < 1:
             continue  # below its bound

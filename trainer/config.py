@@ -119,9 +119,17 @@ class OptimConfig:
     weight_decay: float = not_negative(0.1)
     beta1: float = not_negative(0.9, below=1)
     beta2: float = not_negative(0.95, below=1)
-    # null: 1e-8, or what the longest memory asks for (trainer/optim.py)
+    # null: 1e-8, or what the longest memory asks for (`eps_for`)
     eps: float | None = positive(None)
     clip: float = not_negative(1.0)  # largest gradient norm; 0 turns clipping off
+
+    def eps_for(self, memory_tokens: float) -> float:
+        """Adam's, of a model whose longest memory that is.
+
+        A gate that remembers m tokens opens by 1 / m, and so small are its gradients; Adam follows
+        none below its eps. Where that is not set it lies as far below that memory's: at 1 / m^2.
+        """
+        return min(1e-8, memory_tokens**-2) if self.eps is None else self.eps
 
 
 @dataclass

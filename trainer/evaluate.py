@@ -206,7 +206,7 @@ def _ngram_losses(
 ) -> dict[str, float]:
     """Those of each source, counted in it alone, and together by the tokens evaluated in it.
 
-    None where other data is held out than the several sources: no one of them is its text.
+    None where other data is held out than that of several sources: which one's to count?
     """
     names = train.names
     if len(names) > 1 and held_out.names != names:

@@ -7,17 +7,11 @@ from torch import nn
 
 from trainer.config import OptimConfig
 
-USUAL_EPS = 1e-8
-
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, memory_tokens: float = 1
 ) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, never on recurrence gates, norms or embeddings.
-
-    A gate that remembers m tokens opens by 1 / m, and so small are its gradients; Adam follows none
-    below its eps. Where that is not set it lies as far below the longest memory's: at 1 / m^2.
-    """
+    """AdamW; weight decay on matrices only, never on recurrence gates, norms or embeddings."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -33,7 +27,7 @@ def build_optimizer(
         ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        eps=min(USUAL_EPS, memory_tokens**-2) if config.eps is None else config.eps,
+        eps=config.eps_for(memory_tokens),
     )
 
 

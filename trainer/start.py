@@ -97,6 +97,13 @@ def find_checkpoint(
     worker.pulse.now("looking for a checkpoint")
     remote = settings.remote
     mirror = topology.together(lambda: Mirror(remote)) if remote else None
+
+    def is_ours(mirror: Mirror) -> None:
+        if there := checkpoint.mirrored(mirror):  # a save would prune it, if nothing else
+            _check_resume(there, f"kept at checkpoint.remote {remote}", config, data)
+
+    if mirror:
+        topology.on_first(partial(is_ours, mirror))
     if settings.resume_step is not None:
         wanted = settings.resume_step
 
@@ -108,9 +115,7 @@ def find_checkpoint(
 
         topology.on_first(go_back)
     elif mirror:
-        where = f"kept at checkpoint.remote {remote}"
-        fits = partial(_check_resume, where=where, config=config, data=data)
-        checkpoint.fetch(folder, mirror, topology, fits)
+        checkpoint.fetch(folder, mirror, topology)
     if settings.resume_step is None:
 
         def leave_bad() -> None:
@@ -144,7 +149,7 @@ def _check_resume(manifest: Manifest, where: str, config: Config, data: TokenStr
     """Raises ValueError where `config` cannot go on with the run that is `where`."""
     told = f"the run {where}, which would resume: "
     else_ = "or choose another run.dir, and another checkpoint.remote if there is one"
-    if manifest.step > config.train.steps:
+    if manifest.step > config.train.steps and config.checkpoint.resume_step is None:
         raise ValueError(
             f"train.steps {config.train.steps} is below step {manifest.step} of {told}raise it, "
             f"{else_}"

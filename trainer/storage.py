@@ -3,6 +3,7 @@
 The door to fsspec. A checkpoint exists there when its manifest does, which is uploaded last.
 """
 
+import json
 import posixpath
 import re
 import time
@@ -127,6 +128,10 @@ class Mirror:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             self._try(self._files.get_file, self._path(name, file), str(folder / file))
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """Of a checkpoint there, as it was written. Raises ValueError where it is no JSON."""
+        return json.loads(self._try(self._files.cat_file, self._path(name, MANIFEST)))
 
     def _path(self, *parts: str) -> str:
         return posixpath.join(self._root, *parts)

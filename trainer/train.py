@@ -161,6 +161,9 @@ class _Run:
         )
         if config.train.dtype == "bf16" and not multiplies_in_bf16(self.worker.device):
             self.worker.warn("this processor has no bf16, which is slow: set train.dtype=fp32")
+        if config.at(config.train.steps - 1).train.seq_len < config.train.seq_len:
+            told = "train.curriculum lasts all of train.steps: no step has train.seq_len tokens"
+            self.worker.warn(told)
         if self.changed and (jump := redrawn(self.folder, config, self.step)):
             self.worker.warn(jump)
 

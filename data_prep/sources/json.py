@@ -2,6 +2,7 @@
 
 import json as json_library
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from data_prep.sources import jsonl
@@ -47,9 +48,17 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
         with open_file(file.path, file.packing) as f:
             data = f.read()
         marked = data.startswith(MARK)
-        text = decode(data[len(MARK) * marked :], file, len(MARK) * marked)
+        try:
+            text = decode(data[len(MARK) * marked :], file, len(MARK) * marked)
+            values = _values(text, file.path)
+            first = next(values, None)
+        except ValueError as error:
+            if _one_record(data):  # the file is lost, and nothing else with it
+                yield Faulty(str(error).replace(UNTOLD, ""))
+                continue
+            raise
         line, counted = 1, 0
-        for at, value in _values(text, file.path):
+        for at, value in chain([first] if first else [], values):
             line, counted = line + text.count("\n", counted, at), at
             where = f"{file.path}:{line}"
             try:
@@ -93,9 +102,15 @@ def _values(text: str, path: str) -> Iterator[tuple[int, Any]]:
         raise _no_json(text, at, path, why)
 
 
+def _one_record(data: bytes) -> bool:
+    """Whether a file is to hold one: no array, and no second one that begins on a line."""
+    data = data.removeprefix(MARK).strip(SPACE.encode())
+    return data.startswith(b"{") and b"\n{" not in data
+
+
 def _no_json(text: str, at: int, path: str, reason: str) -> ValueError:
     line = text.count("\n", 0, at) + 1
-    return ValueError(f"{path}:{line}: not JSON ({reason}){UNTOLD} (--format jsonl: a line each)")
+    return ValueError(f"{path}:{line}: not JSON ({reason}){UNTOLD}")
 
 
 def _skip(text: str, at: int, characters: str) -> int:

@@ -92,9 +92,8 @@ class Trainings:
             run.train.steps = steps
         # A run of other settings or data is another: it neither resumes this one nor passes for it.
         fingerprints = [data_fingerprint(run), data_fingerprint(run.held_out)]
-        described = {**asdict(run), "fingerprints": fingerprints, "launch": of_results(run)}
+        described = {**of_results(run), "fingerprints": fingerprints}
         del described["run"]["dir"], described["checkpoint"]
-        described["run"]["max_seconds"] = None  # as far as it comes, it is the same
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(self.folder / f"{self.label}-{digest}")
         return run
@@ -143,10 +142,13 @@ def file_name(task: str) -> str:
 
 
 def of_results(config: Config) -> dict[str, Any]:
-    """The section `launch` with what changes no result as it is by default."""
-    usual = LaunchConfig()
-    names = ("min_workers", "max_failures", "wait_seconds", "silence_seconds")
-    return asdict(config.launch) | {name: getattr(usual, name) for name in names}
+    """The configuration, with all that changes no result as it is by default."""
+    described, usual = asdict(config), LaunchConfig()
+    for name in ("min_workers", "max_failures", "wait_seconds", "silence_seconds"):
+        described["launch"][name] = getattr(usual, name)
+    described["run"]["max_seconds"] = None
+    described["optim"]["eps"] = config.optim.eps_for(config.model.memory_tokens)
+    return described
 
 
 def label_of(mixer: str | list[str]) -> str:

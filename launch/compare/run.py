@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -136,10 +136,9 @@ class _Bench:
 
     def _key(self, visit: Visit) -> str:
         """A name that changes with whatever would change the result, but for the code itself."""
-        described = asdict(self._config(visit))
+        described = of_results(self._config(visit))
         for section in ("run", "data", "checkpoint", "evaluate"):
             del described[section]
-        described["launch"] = of_results(self._config(visit))
         settings = self.comparison.settings
         limits = settings.cell_timeout_seconds, settings.memory_gib_per_worker
         arguments = MEASUREMENTS[visit.kind].arguments(settings, visit.length)

@@ -210,6 +210,18 @@ def test_what_breaks_a_file_is_not_one_faulty_record(name, data, said, tmp_path)
         prepare(Selection((str(path),)), tmp_path / "out", Settings(skip_faulty=9), 1, tell=None)
 
 
+@pytest.mark.parametrize("broken", [b'{"text": "cut', b'{\n "text": "\xe9"\n}\n'])
+def test_of_files_with_a_record_each_a_broken_one_is_one(broken, tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "good"}')
+    (tmp_path / "b.json").write_bytes(broken)
+    (fault,) = faults_of(Selection((str(tmp_path),)))
+    assert "b.json" in fault.message
+    assert "nobody can tell" not in fault.message
+    chosen = Settings(held_out=0.0, block_size=8, skip_faulty=1)
+    prepare(Selection((str(tmp_path),)), tmp_path / "out", chosen, 1, tell=None)
+    assert tokens_of(tmp_path / "out", "train") == b"good"
+
+
 def test_no_content_is_taken_for_another_kind(tmp_path):
     """Text by any name is read; JSON, packed or binary files without their names are refused."""
     (tmp_path / "wiki.train.tokens").write_text("plain [text] {as} it is\n")

@@ -58,6 +58,7 @@ def test_fewer_workers_get_a_layout_of_their_own(least, rooms, workers, sp):
     applied = planned.applied(config)
     assert (applied.launch.workers, applied.parallel.sp) == (workers, sp)
     assert applied.train == config.train  # the same batch, the same order of its data
+    assert config.launch.workers == 4
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,13 @@ def test_fewer_workers_lose_no_token_of_a_segment(key, value):
     planned = plan(config, {"a": 3})
     assert planned
     assert planned.sp == (3 if value == 6144 else 2)
-    assert config.launch.workers == 4
+
+
+def test_what_is_configured_is_not_judged_anew():
+    """A comparison's file says lengths of its own: what stands beside them fits no sequence."""
+    config = _config(4, 4)
+    config.train.segment_len = 2 * config.train.seq_len
+    assert plan(config, {"a": 4}) == Plan(4, ("a",) * 4)
 
 
 def test_not_below_the_least():

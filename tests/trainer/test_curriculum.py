@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.build import build_model
-from tests.trainer.runs import Figures, figures, of_kind, plain_step, run, started_at
+from tests.trainer.runs import Figures, figures, of_kind, plain_step, run, started_at, warnings
 from trainer.config import ConfigError, load_config
 from trainer.data import SequenceReader, TokenStream
 from trainer.events import Stepped
@@ -95,6 +95,14 @@ def test_a_step_has_as_many_tokens_at_every_length(config_file):
     twice = load_config(config_file, ["train.curriculum=[96,96]", "train.curriculum_steps=2"])
     assert [twice.stage(step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [twice.tokens_before(step) for step in range(6)] == [0, 0, 768, 768, 1536, 1536]
+
+
+@pytest.mark.slow
+def test_a_curriculum_that_fills_the_run_is_told(config_file):
+    events = run(config_file, 1, "train.curriculum=[48]", "train.steps=2", "evaluate.sequences=0")
+    assert warnings(events) == [
+        "train.curriculum lasts all of train.steps: no step has train.seq_len tokens"
+    ]
 
 
 def test_as_many_sequences_go_at_once_as_a_segment_has_room_for(config_file):

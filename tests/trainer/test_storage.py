@@ -188,7 +188,11 @@ def test_another_run_does_not_go_on_from_what_a_run_keeps_elsewhere(config_file,
         ("train.steps=2", "train.steps 2 is below step 3 of the run kept at"),
     ):
         assert said in refused(config_file, 1, *there, mine, other)
-        assert not RunFolder(tmp_path / "mine").saved()
+        assert not list(RunFolder(tmp_path / "mine").checkpoints.iterdir())
+    run(config_file, 1, *there, mine, "run.seed=7", "checkpoint.remote=null", "train.steps=4")
+    said = refused(config_file, 1, *there, mine, "run.seed=7", "train.steps=5")
+    assert "run.seed 7 differs from 0" in said  # though what is here is newer
+    shutil.rmtree(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-000003"]
     assert started_at(run(config_file, 1, *there, mine, "train.steps=4")) == 3
 
