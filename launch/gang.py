@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
+import signal
 import socket
 import struct
 import time
@@ -58,7 +59,8 @@ def connect(config: Config) -> None:
         ours = {"py_modules": [str(root / name) for name in PACKAGES]}
         environment = {} if IN_JOB in os.environ else ours
         try:
-            ray.init(runtime_env=environment, **quiet)
+            with _signals_kept():
+                ray.init(runtime_env=environment, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise LaunchError(no_cluster(str(error))) from None
         return
@@ -74,14 +76,27 @@ def connect(config: Config) -> None:
     import ray
 
     launch = config.launch
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, round(launch.workers * launch.cpus_per_worker + 0.5)),
-        object_store_memory=100 << 20,  # only progress lines pass through it
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
-        **quiet,
-    )
+    with _signals_kept():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, round(launch.workers * launch.cpus_per_worker + 0.5)),
+            object_store_memory=100 << 20,  # only progress lines pass through it
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
+            **quiet,
+        )
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Whoever watches for a stop (launch.stop) still does: Ray's own handler of SIGTERM exits."""
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    kept = {number: handler for number in watched if callable(handler := signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def no_cluster(reason: str) -> str:

@@ -112,11 +112,13 @@ def test_killed_in_the_middle_of_a_save_is_bitwise(config_file):
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, 2), (1, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1)), ((4, 2), (2, 2))],
-    ids=lambda pair: f"{pair[0]}ranks-sp{pair[1]}",
+    ("stage", "before", "after"),
+    [  # every change at two stages, every stage with two or three
+        *((0, (2, 2), (1, 1)), (3, (2, 2), (1, 1)), (1, (2, 1), (1, 1)), (3, (2, 1), (1, 1))),
+        *((2, (1, 1), (2, 2)), (3, (1, 1), (2, 2)), (0, (2, 2), (2, 1)), (2, (2, 2), (2, 1))),
+        *((1, (4, 2), (2, 2)), (3, (4, 2), (2, 2))),
+    ],
 )
 def test_goes_on_with_other_workers(config_file, stage, before, after):
     """Another sp, another dp, both ways: the same losses to fp32 rounding, data position included.

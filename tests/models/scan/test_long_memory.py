@@ -53,13 +53,12 @@ def test_chunked_is_exact(name, memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [1e3, 1e6])
 @pytest.mark.parametrize("name", [name for name in LONG if name in TRITON])
-def test_triton_is_exact(name, memory, monkeypatch):
+def test_triton_is_exact(name, monkeypatch):
     """Chunks of chunks: their maps lack little to one, and keep it."""
     triton = pytest.importorskip("models.scan.triton")
     monkeypatch.setattr(triton, "CHUNKS", (8,))
-    steps = 150
+    steps, memory = 150, 1e6
     inputs = long_inputs(name, memory, steps, 1, width=8)
     errors = results(name, inputs, steps, "triton").errors(exact_results(name, inputs, steps))
     assert max(errors.values()) < bound(memory, steps), errors

@@ -60,14 +60,20 @@ def cut(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["none", "edges"])
-@pytest.mark.parametrize(
-    ("steps", "chunk"), [(1, 64), (13, 4), pytest.param(70, 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("steps", "chunk"), [(1, 64), (13, 4)])
 @pytest.mark.parametrize("name", TRITON)
 def test_equals_definition(name, steps, chunk, where, monkeypatch):
     """Chunks that T is no multiple of, rows and channels that no group divides."""
     cut(monkeypatch, chunk)
     compare(name, (2, steps, 130), torch.float32, where, shift=steps % 3 - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear-complement", "minlstm"])
+def test_equals_definition_in_chunks_as_long_as_on_a_gpu(name, monkeypatch):
+    """Of fewest values, and of most."""
+    cut(monkeypatch, 64)
+    compare(name, (2, 70, 130), torch.float32, "edges")
 
 
 @pytest.mark.slow
