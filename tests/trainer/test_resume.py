@@ -103,8 +103,9 @@ def test_killed_in_the_middle_of_a_save_is_bitwise(config_file):
     straight = run(config_file, 2, *base, f"run.dir={whole}")
     with pytest.raises(AssertionError, match="rank 1:\nits process died"):
         run_distributed(_train_and_die, 2, config_file, [*base, f"run.dir={killed}"], fresh=True)
-    left = sorted(p.name for p in (killed / "checkpoints").iterdir())
-    assert left == ["step-000002", "step-000004.tmp"]
+    whole_one, *torn = sorted(p.name for p in (killed / "checkpoints").iterdir())
+    assert whole_one == "step-000002"
+    assert torn in (["step-000004.tmp"], [])  # the other rank may have lived to clear it away
     second = run(config_file, 2, *base, f"run.dir={killed}")
     assert started_at(second) == 2
     assert figures(second) == figures(straight)[2:]
