@@ -37,24 +37,42 @@ def fixed_values(config: Config) -> dict[str, Any]:
 
 def resume_faults(folder: RunFolder, before: Config, now: Config) -> Iterator[Fault]:
     """(key, what is wrong) where `now` cannot go on with the run that `before` configured."""
+    manifest = folder.newest_manifest() if now.checkpoint.resume_step is None else None
+    yield from faults_beside(
+        now,
+        f"in {folder.path}",
+        fixed={name: get(before, name) for name in fixed_values(now)},
+        step=manifest["step"] if manifest else 0,
+        data=(data_fingerprint(now), manifest["data_fingerprint"] if manifest else None),
+    )
+
+
+def faults_beside(
+    now: Config,
+    where: str,
+    fixed: dict[str, Any],
+    step: int,
+    data: tuple[str | None, str | None],
+) -> Iterator[Fault]:
+    """The same of the run that is `where`, as far as it is known: `fixed` values, the step it has
+    reached, and fingerprints of today's data and of its."""
+    another = "choose another run.dir, and another checkpoint.remote if there is one"
     for name, value in fixed_values(now).items():
-        if get(before, name) != value:
+        if fixed.get(name, value) != value:
             yield (
                 name,
-                f"{value!r} differs from {get(before, name)!r} of the run in "
-                f"{folder.path}, which would resume: keep it, or choose another run.dir",
+                f"{value!r} differs from {fixed[name]!r} of the run {where}, which would resume: "
+                f"keep it, or {another}",
             )
-    manifest = folder.newest_manifest() if now.checkpoint.resume_step is None else None
-    if manifest and manifest["step"] > now.train.steps:
+    if step > now.train.steps:
         yield (
             "train.steps",
-            f"{now.train.steps} is below step {manifest['step']}, which the run in {folder.path} "
-            f"has reached: raise it, or choose another run.dir",
+            f"{now.train.steps} is below step {step}, which the run {where} has reached: raise it, "
+            f"or {another}",
         )
-    data = data_fingerprint(now)
-    if manifest and data and data != manifest["data_fingerprint"]:
+    if all(data) and data[0] != data[1]:
         yield (
             "data.path",
-            f"{now.data.path} is not the data that the run in {folder.path} was trained on: its "
-            f"order would be another; give back the same data, or choose another run.dir",
+            f"{now.data.path} is not the data that the run {where} was trained on: its order would "
+            f"be another; give back the same data, or {another}",
         )

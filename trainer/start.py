@@ -14,7 +14,7 @@ from trainer.checkpoint import Manifest, Saved
 from trainer.config import Config, dump_config, load_dumped
 from trainer.data import TokenStream
 from trainer.engine import Engine
-from trainer.fixed import fixed_values
+from trainer.fixed import faults_beside
 from trainer.goodput import Submission
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
@@ -147,19 +147,7 @@ def scan_backends(engine: Engine, worker: Worker) -> str:
 
 def _check_resume(manifest: Manifest, where: str, config: Config, data: TokenStream) -> None:
     """Raises ValueError where `config` cannot go on with the run that is `where`."""
-    told = f"the run {where}, which would resume: "
-    else_ = "or choose another run.dir, and another checkpoint.remote if there is one"
-    if manifest.step > config.train.steps and config.checkpoint.resume_step is None:
-        raise ValueError(
-            f"train.steps {config.train.steps} is below step {manifest.step} of {told}raise it, "
-            f"{else_}"
-        )
-    if manifest.data_fingerprint != data.fingerprint:
-        raise ValueError(
-            f"data.path {config.data.path} is not the data of {told}its order would be another: "
-            f"give back the same data, {else_}"
-        )
-    for name, value in fixed_values(config).items():
-        before = manifest.fixed.get(name, value)
-        if before != value:
-            raise ValueError(f"{name} {value!r} differs from {before!r} of {told}keep it, {else_}")
+    prints = data.fingerprint, manifest.data_fingerprint
+    step = manifest.step if config.checkpoint.resume_step is None else 0
+    for key, message in faults_beside(config, where, manifest.fixed, step, prints):
+        raise ValueError(f"{key} {message}")

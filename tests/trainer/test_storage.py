@@ -185,7 +185,7 @@ def test_another_run_does_not_go_on_from_what_a_run_keeps_elsewhere(config_file,
     for other, said in (
         ("run.seed=7", "run.seed 7 differs from 0 of the run kept at checkpoint.remote file:"),
         ("model.width=24", "model.width 24 differs from 16"),
-        ("train.steps=2", "train.steps 2 is below step 3 of the run kept at"),
+        ("train.steps=2", "train.steps 2 is below step 3, which the run kept at"),
     ):
         assert said in refused(config_file, 1, *there, mine, other)
         assert not list(RunFolder(tmp_path / "mine").checkpoints.iterdir())
