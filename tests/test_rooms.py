@@ -1,6 +1,7 @@
 """The house: who may import whom, one door per library, and how large a piece may be."""
 
 import ast
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,6 +49,14 @@ SOURCES = sorted(
     for kind in ("py", "cpp", "h")
     for path in (ROOT / room).rglob(f"*.{kind}")
 )
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(
+        path
+        for room in (*ROOMS, "configs", "docker", "tests")
+        for path in (ROOT / room).rglob("*.md")
+    ),
+]
 TRITON = DOORS["triton"]  # another language: a kernel takes what it needs
 
 
@@ -66,6 +75,12 @@ def imported(path: Path) -> Iterator[str]:
             if node.module not in (*ROOMS, "models.scan"):
                 yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def linked(page: Path) -> list[str]:
+    """The files and folders that a page links to."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    return [link for link in links if "://" not in link]
 
 
 def within(module: str, package: str) -> bool:
@@ -134,3 +149,12 @@ def test_no_banned_names():
     banned = ("utils", "helper", "common", "misc", "manager")
     for path in FILES:
         assert not any(word in path.stem for word in banned), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_a_page_links_to_what_is_there(page):
+    assert not [link for link in linked(page) if not (page.parent / link).exists()]
+
+
+def test_links_are_found():
+    assert "configs/paper/README.md" in linked(ROOT / "README.md")
