@@ -87,25 +87,51 @@ def run_job(
     which they do after a checkpoint. What is lost, workers, machines or Ray itself, is replaced, up
     to launch.max_failures times without a new checkpoint between. Raises LaunchError.
     """
-    submission = Submission(f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}", time.time())
-    tally = _Tally(config.launch.max_failures)
+    with Jobs() as jobs:
+        return jobs.run(config, on_event, should_stop)
 
-    def pass_on(event: Event) -> None:
-        if isinstance(event, Started):
-            tally.started_at(event.step, event.runs)
-        on_event(event)
 
-    driver: _Driver | None = None
-    try:
+class Jobs:
+    """Trainings one after another, on one Ray, which the first of them starts or joins."""
+
+    def __init__(self) -> None:
+        self._driver: _Driver | None = None
+        self._launch: LaunchConfig | None = None  # what that Ray has room for
+
+    def __enter__(self) -> "Jobs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def run(
+        self, config: Config, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> bool:
+        """As `run_job`."""
+        if config.launch != self._launch:
+            self._close()
+            self._launch = config.launch
+        submission = Submission(
+            f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}", time.time()
+        )
+        tally = _Tally(config.launch.max_failures)
+
+        def pass_on(event: Event) -> None:
+            if isinstance(event, Started):
+                tally.started_at(event.step, event.runs)
+            on_event(event)
+
         while True:
-            driver = driver or _Driver()
-            end = driver.run(config, submission, pass_on, should_stop)
-            if isinstance(end, Refused):
-                if not tally.failures:  # else what has failed may be on its way back
-                    raise LaunchError(end.message)
+            self._driver = self._driver or _Driver()
+            end = self._driver.run(config, submission, pass_on, should_stop)
+            if end is None:
+                shown = f"Ray itself was lost ({self._driver.last_words()})"
+                self._close()
+            elif isinstance(end, Refused):
                 shown = end.message
-            elif end is None:
-                shown = f"Ray itself was lost ({driver.last_words()})"
+                self._close()
+                if not tally.failures:  # else what has failed may be on its way back
+                    raise LaunchError(shown)
             elif all(outcome.kind == "done" for outcome in end.outcomes):
                 if not end.moved or end.finished or should_stop():
                     return end.finished
@@ -113,18 +139,17 @@ def run_job(
                 continue
             else:
                 shown = _first_cause(end)
-            if end is None or isinstance(end, Refused):
-                driver.close()
-                driver = None
             if should_stop():
                 on_event(Warned(f"{shown}: not started again, as it was asked to stop"))
                 return False
             tally.fail(shown)
             again = f"starting all workers again from the last checkpoint ({tally})"
             on_event(Warned(f"{shown}: {again}"))
-    finally:
-        if driver:
-            driver.close()
+
+    def _close(self) -> None:
+        if self._driver:
+            self._driver.close()
+        self._driver = None
 
 
 class _Tally:

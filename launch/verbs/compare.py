@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from launch.compare.file import load_comparison
-from launch.ray_job import make_absolute, place_faults, run_job
+from launch.ray_job import Jobs, make_absolute, place_faults
 from launch.stop import PREEMPTED, StopWatch
 from trainer.config import Config
 from trainer.events import Evaluated, Event, Warned
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     told = "stopping after this cell, or the next step and a checkpoint"
     should_stop = StopWatch(told, comparison.config.run.max_seconds)
     show = partial(print, flush=True)
-    results = run_comparison(comparison, show, _training(show, should_stop), should_stop)
+    with Jobs() as jobs:
+        train = _training(jobs, show, should_stop)
+        results = run_comparison(comparison, show, train, should_stop)
     if results is None:
         print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
         return PREEMPTED if should_stop.preempted else 0
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _training(show: Show, should_stop: Callable[[], bool]) -> Callable[[Config], bool]:
+def _training(jobs: Jobs, show: Show, should_stop: Callable[[], bool]) -> Callable[[Config], bool]:
     """How a comparison trains a task: through Ray as ever, telling evaluations and warnings."""
 
     def on_event(event: Event) -> None:
@@ -60,6 +62,6 @@ def _training(show: Show, should_stop: Callable[[], bool]) -> Callable[[Config],
 
     def train(config: Config) -> bool:
         make_absolute(config)
-        return run_job(config, on_event, should_stop)
+        return jobs.run(config, on_event, should_stop)
 
     return train

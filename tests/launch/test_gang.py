@@ -9,12 +9,12 @@ import time
 import psutil
 import pytest
 
-from launch.driver import GangEnd, Outcome
+from launch.driver import GangEnd, Outcome, Refused
 from launch.gang import LaunchError, Place, _interface_of, environments
-from launch.ray_job import _first_cause, _shared_message, _Tally, place_faults, run_job
+from launch.ray_job import Jobs, _first_cause, _shared_message, _Tally, place_faults, run_job
 from launch.stop import StopWatch
 from tests.launch.conftest import ROOT, without_ray
-from trainer.config import LaunchConfig, load_config
+from trainer.config import Config, LaunchConfig, load_config
 
 
 def test_ranks_find_each_other():
@@ -72,6 +72,46 @@ def test_a_stop_while_ray_starts_is_a_stop_in_good_order(config_file):
     """Not a cluster that does not answer: what is pre-empted then is to be started again too."""
     config = load_config(config_file, [])
     assert run_job(config, lambda _: None, lambda: True) is False
+
+
+def test_one_ray_serves_several_runs(monkeypatch):
+    """Until it is lost, refuses, or has room for other workers. compare on Ray does so for real."""
+    ends, started, closed = [], [], []
+
+    class Driver:
+        def __init__(self) -> None:
+            started.append(self)
+
+        def run(self, *_: object) -> GangEnd | Refused | None:
+            return ends.pop(0)
+
+        def last_words(self) -> str:
+            return "gone"
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("launch.ray_job._Driver", Driver)
+    one, two = Config(), Config(launch=LaunchConfig(workers=2))
+    one.launch = LaunchConfig(workers=1)
+    told = []
+    with Jobs() as jobs:
+
+        def train(config: Config, *answers: GangEnd | Refused | None) -> int:
+            """How many have been started after it."""
+            ends[:] = answers
+            assert jobs.run(config, told.append, lambda: False)
+            return len(started)
+
+        done = GangEnd([Outcome(0, "done")], finished=True)
+        assert [train(one, done), train(one, done)] == [1, 1]
+        assert train(one, None, done) == 2
+        assert "Ray itself was lost (gone): starting all workers again" in str(told[0])
+        assert train(two, done) == 3
+        with pytest.raises(LaunchError, match="no room"):
+            train(two, Refused("no room"))
+        assert train(two, done) == 4
+    assert closed == started
 
 
 def _end(*outcomes: Outcome) -> GangEnd:
