@@ -27,8 +27,8 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens; invalid UTF-8 becomes U+FFFD."""
 
-    def decode_stream(self) -> "Stream":
-        """For tokens one after another."""
+    def decode_stream(self, context: Sequence[int] = ()) -> "Stream":
+        """For tokens one after another, behind those of the context, whose text is out."""
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name."""
@@ -61,7 +61,7 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
-    def decode_stream(self) -> "_ByteStream":
+    def decode_stream(self, context: Sequence[int] = ()) -> "_ByteStream":
         return _ByteStream()
 
     def token_id(self, token: str) -> int | None:
@@ -121,8 +121,8 @@ class JsonTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=False)
 
-    def decode_stream(self) -> "_JsonStream":
-        return _JsonStream(self)
+    def decode_stream(self, context: Sequence[int] = ()) -> "_JsonStream":
+        return _JsonStream(self, context)
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
@@ -157,10 +157,10 @@ class _JsonStream:
     The library's own stream refuses ids whose text another id before them had changed.
     """
 
-    def __init__(self, tokenizer: JsonTokenizer) -> None:
+    def __init__(self, tokenizer: JsonTokenizer, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._read = 0  # tokens whose text is out
+        self._tokens = list(context)
+        self._read = len(self._tokens)  # tokens whose text is out
         self._from = 0  # where decoding starts, to have a context
 
     def step(self, token: int) -> str:

@@ -149,6 +149,9 @@ def only_writer(partial: Path, out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another data_prep is writing {out}: wait for it to end") from None
+        if out.exists():  # since it was looked for
+            shutil.rmtree(partial)
+            raise ValueError(f"another data_prep has just written {out}: the same command finds it")
         yield
 
 
@@ -214,9 +217,9 @@ def seal_dataset(
         info.tokenizer_sha256 = file_sha256(partial / TOKENIZER_NAME)
     info.dump(partial)
     shutil.rmtree(partial / "parts")
-    (partial / "lock").unlink(missing_ok=True)
     for path in [*partial.rglob("*"), partial]:
         sync_to_disk(path)
+    (partial / "lock").unlink(missing_ok=True)
     partial.rename(out)
     sync_to_disk(out.parent)
     return streams

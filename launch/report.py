@@ -254,7 +254,9 @@ def _sample(folder: RunFolder, config: Config) -> tuple[str, str]:
     prompt = stream.read(0, min(PROMPT_TOKENS, stream.tokens[0]))[0].tolist()
     sampling = Sampling(temperature=0.8, top_k=40, known=trained.known)
     tokens = list(generate(trained.model, prompt, SAMPLE_TOKENS, sampling))
-    return trained.tokenizer.decode(prompt), trained.tokenizer.decode(tokens)
+    written = trained.tokenizer.decode_stream(prompt)
+    continuation = "".join(map(written.step, tokens)) + written.end()
+    return trained.tokenizer.decode(prompt), continuation
 
 
 def _plot(run: _Record) -> None:

@@ -33,7 +33,12 @@ class Cache(NamedTuple):
 
     @classmethod
     def of(cls, flat: tuple[Tensor, ...]) -> "Cache":
-        """What `flat` gave."""
+        """What `flat` gave. Raises ValueError for what it did not."""
+        if len(flat) < 3 or len(flat) % 2 == 0:
+            raise ValueError(
+                f"the carry of attention has {len(flat)} tensors: one of `last=True`, or of "
+                f"another mixer, cannot be gone on from"
+            )
         return cls(flat[0], flat[1], flat[2], flat[3:])
 
     @property
@@ -86,7 +91,8 @@ def with_tokens(cache: Cache, k: Tensor, v: Tensor) -> Cache:
     total = past + steps
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     filled = cache.filled
-    if len(cache.pieces) == 2 and int(filled) == past and total <= cache.pieces[0].shape[2]:
+    roomy = len(cache.pieces) == 2 and int(filled) == past and total <= cache.pieces[0].shape[2]
+    if roomy and cache.pieces[0].dtype == k.dtype:
         keys, values = cache.pieces  # behind which nobody else has written
         keys[:, :, past:total], values[:, :, past:total] = k, v
     else:

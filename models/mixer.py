@@ -15,8 +15,8 @@ from models.cache import Cache
 from models.config import ModelConfig
 from models.mixers import MIXERS
 from models.relay import Cell, State, relay
-from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
+from models.segment import check_segment
 from models.softmax_attention import QKV, attend
 
 Carry = tuple[Tensor, ...]
@@ -76,7 +76,8 @@ class LocalOps:
     def halo(
         self, x: Tensor, width: int, carry: Tensor, reset: Tensor | None, last: bool = False
     ) -> tuple[Tensor, Tensor]:
-        check_reset(reset, x)
+        check_segment(x, reset)
+        check_halo(carry, width)
         extended = torch.cat([carry.to(x.dtype), x], dim=1)
         return extended, x[:, :0] if last else visible_tail(extended, width, reset)
 
@@ -91,6 +92,15 @@ class LocalOps:
         return attend(qkv, cache, reset, rope_base, last)
 
 
+def check_halo(carry: Tensor, width: int) -> None:
+    """Raises ValueError where a carry [B, width, D] is none of the layer's."""
+    if carry.shape[1] != width:
+        raise ValueError(
+            f"the carry has {carry.shape[1]} steps where the layer looks back {width}: a carry of "
+            f"`last=True`, or of another model, cannot be gone on from"
+        )
+
+
 def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
     """The last `width` steps of x [B, S, D], zeroed where a later reset hides them.
 
@@ -98,7 +108,7 @@ def visible_tail(x: Tensor, width: int, reset: Tensor | None) -> Tensor:
     """
     tail = x[:, x.shape[1] - width :]
     if reset is None:
-        return tail
+        return tail.clone()  # a view would keep all of x, for as long as the carry is kept
     starts = F.pad(reset, (max(0, width - reset.shape[1]), 0))[:, -width:]
     later = F.pad(starts[:, 1:], (0, 1)).flip(1).cumsum(1).flip(1)
     return tail.masked_fill((later > 0).unsqueeze(-1), 0.0)

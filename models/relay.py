@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.reset import check_reset
 from models.scan.recurrence import usable
+from models.segment import check_segment
 
 State = tuple[Tensor, ...]  # each [B, H]
 
@@ -73,7 +73,7 @@ def entering(state: State, u: Tensor) -> State:
 
 def relay(cell: Cell, u: Tensor, carry: State, reset: Tensor | None) -> tuple[Tensor, State]:
     """The cell over u [B, T, D] on one device, cleared before steps that reset [B, T] marks."""
-    check_reset(reset, u)
+    check_segment(u, reset)
     state, outputs = entering(carry, u), []
     for piece in cut(reset, u.shape[1], u.shape[1]):
         y, state = cell.run(piece.of(u), piece.clear(state))

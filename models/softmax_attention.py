@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.attention_pieces import attend_pieces
 from models.cache import DECODED_KEYS, Cache, for_gradients, longer, with_tokens
-from models.reset import check_reset
+from models.segment import check_segment
 
 _DECODED = 64  # tokens at a time, at most: a frame has three
 
@@ -63,7 +63,7 @@ def attend(
     reset [B, T] marks documents, between which nothing is seen. Returns [B, T, heads, d] and the
     cache with this segment in it; with `last` none.
     """
-    check_reset(reset, qkv.q)
+    check_segment(qkv.q, reset)
     past, v = int(cache.length), qkv.v
     q, k = rotate(qkv.q, past, rope_base), rotate(qkv.k, past, rope_base)
     # not where gradients are only off for now: a streamed sequence runs each segment twice, and
@@ -166,7 +166,7 @@ def attend_window(
     Queries go in blocks against the keys that any of a block may see, (C + W - 1) / W times the
     products that are needed. With resets the mask takes T * (C + W - 1) bytes.
     """
-    check_reset(reset, q)
+    check_segment(q, reset)
     batch, steps = q.shape[:2]
     halo = k.shape[1] - steps
     block = min(steps, max(16, (halo + 1) // 2))  # C

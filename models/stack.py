@@ -36,11 +36,15 @@ class Head(nn.Linear):
 class Stack(nn.Module):
     """embed -> blocks -> norm -> head. Deterministic given `torch.manual_seed`.
 
-    Every module draws its own initial values, in that order.
+    Every module draws its own initial values, in that order. Raises ValueError for a configuration
+    that has faults.
     """
 
     def __init__(self, config: ModelConfig, embed: nn.Module, outputs: int) -> None:
         super().__init__()
+        if faults := config.faults():
+            told = [f"ModelConfig.{name}: {fault}" for name, fault in faults]
+            raise ValueError("\n".join(told))
         self.config = config
         self.embed = embed
         self.dropout = nn.Dropout(config.dropout)
@@ -66,6 +70,11 @@ class Stack(nn.Module):
         none is kept alive. Where nobody is to `read` it, x is no result: the last layer went as
         far as its carry.
         """
+        if carry is not None and len(carry) != len(self.blocks):
+            raise ValueError(
+                f"the carry is of {len(carry)} layers, the model has {len(self.blocks)}: a carry "
+                f"of `last=True`, or of another model, cannot be gone on from"
+            )
         x = self.dropout(x)
         carries = []
         for layer, block in enumerate(self.blocks):

@@ -14,12 +14,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from safetensors import SafetensorError
+
 from data_prep.files import file_sha256, sync_to_disk, write_whole
 from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.storage import MANIFEST, Mirror, kept, place_of
 
-LEFT = ".left"  # the end of the name of a checkpoint that was put aside
+# ends of the names of checkpoints that were put aside, and of what else a killed process leaves
+LEFT, DAMAGED = ".left", ".damaged"
+UNFINISHED = "*.tmp", "*.universal"
 WEIGHTS = "model.safetensors"
 Files = dict[str, Callable[[Path], None]]  # what writes a file, by its name in a checkpoint
 
@@ -112,7 +116,11 @@ class Saver:
 
 def _record(run: RunFolder, folder: Path, step: int) -> None:
     """Keep the digest of a manifest apart from it: what lies there is what was written."""
+    new = not run.manifests.exists()
     add_line(run.manifests, {"step": step, "sha256": file_sha256(folder / MANIFEST)})
+    sync_to_disk(run.manifests)  # without its line the checkpoint would be refused
+    if new:
+        sync_to_disk(run.path)
 
 
 def _replace(partial: Path, final: Path) -> None:
@@ -138,7 +146,7 @@ def _write_all(folder: Path, files: Files) -> dict[str, dict[str, Any]]:
         path.parent.mkdir(exist_ok=True)
         try:
             write(path)
-        except RuntimeError as error:  # what torch says of a full disk
+        except (RuntimeError, SafetensorError) as error:  # what these say of a full disk
             free = shutil.disk_usage(folder).free / 2**20
             raise OSError(f"{path} cannot be written, {free:,.0f} MiB are free: {error}") from None
         sealed[name] = _seal(path)
@@ -154,18 +162,23 @@ def mirrored(mirror: Mirror) -> Manifest | None:
         return None
 
 
-def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
-    """Bring the newest checkpoint of the mirror here, if none here is as new."""
+def fetch(run: RunFolder, mirror: Mirror, topology: Topology, brought: set[str]) -> bool:
+    """Bring the newest checkpoint of the mirror here, if none here is as new; whether it did.
+
+    Of those in `brought`, to which it is added, none is brought again: it was found damaged.
+    """
 
     def newest() -> str | None:
-        there, here = mirror.saved()[:1], [path.name for path in run.saved()[:1]]
+        there = [name for name in mirror.saved() if name not in brought]
+        here = [path.name for path in run.saved()[:1]]
         newer = bool(there) and (not here or _place(there[0]) > _place(here[0]))
         return there[0] if newer else None
 
     names = topology.gather_objects(topology.together(newest))
     name = names[0]
     if name is None:
-        return
+        return False
+    brought.add(name)
     partial = run.checkpoints / f"{name}.tmp"
     topology.on_first(lambda: _clear(partial))
     files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
@@ -173,6 +186,7 @@ def fetch(run: RunFolder, mirror: Mirror, topology: Topology) -> None:
     topology.together(lambda: mirror.download(name, mine, partial))
     topology.on_first(lambda: _record(run, partial, _place(name)[0]))
     topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
+    return True
 
 
 def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:
@@ -242,8 +256,9 @@ def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Sav
     rather than start again from nothing.
     """
     if topology.first:  # of saves that were killed
-        for unfinished in run.checkpoints.glob("*.tmp"):
-            shutil.rmtree(unfinished)
+        for pattern in UNFINISHED:
+            for unfinished in run.checkpoints.glob(pattern):
+                shutil.rmtree(unfinished)
     candidates = topology.gather_objects([str(p) for p in run.saved()])[0]
     for candidate in map(Path, candidates):
         manifest, faults = _read_manifest(candidate)
@@ -256,7 +271,7 @@ def find(run: RunFolder, topology: Topology, warn: Callable[[str], None]) -> Sav
             return Saved(candidate, manifest)
         if topology.first:
             warn(f"checkpoint {candidate} is not used: {'; '.join(sorted(set(faults)))}")
-            aside = candidate.with_suffix(".damaged")
+            aside = candidate.with_suffix(DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
     if candidates:

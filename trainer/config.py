@@ -241,11 +241,6 @@ class Config:
             return replace(self, train=shorter)
         return self
 
-    def tokens_before(self, step: int) -> int:
-        """Of the sequences of earlier lengths."""
-        train = self.train
-        return self.stage(step) * train.curriculum_steps * train.batch_size * train.seq_len
-
     @property
     def held_out(self) -> "Config":
         """The same run, with the data and the length at which it is evaluated."""

@@ -75,15 +75,17 @@ class Sampling:
             raise ValueError(f"seed {self.seed} is not from 0 to 2^63 - 1")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A token, from logits [V]."""
+        """A token, from logits [V]. Raises ValueError where these are not finite."""
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: are its weights?")
         if self.known is not None:
             logits = logits.masked_fill(~self.known, float("-inf"))
         if self.temperature == 0:
             return logits.argmax()
         logits = (logits - logits.max()).double() / self.temperature  # the highest stays finite
         if 0 < self.top_k < logits.numel():
-            least = logits.topk(self.top_k).values[-1]
-            logits = logits.masked_fill(logits < least, float("-inf"))
+            best, places = logits.topk(self.top_k)
+            logits = torch.full_like(logits, float("-inf")).scatter(0, places, best)
         chances = logits.softmax(dim=-1)
         if self.top_p < 1:
             ordered, places = chances.sort(descending=True)
@@ -109,13 +111,16 @@ def generate(
     attention's, which holds keys and values of all that was read.
     Raises ValueError for an empty prompt or a token outside the vocabulary.
     """
+    if segment_tokens < 1:
+        raise ValueError(f"segments of {segment_tokens} tokens are not positive")
     device, coming = model.embed.weight.device, iter(prompt)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     carry: list[Carry] | None = None
     logits, read = torch.empty(0), 0
     while segment := list(islice(coming, segment_tokens)):
-        if max(segment) >= model.config.vocab_size:
-            raise ValueError(f"the prompt has token {max(segment)}, beyond the model's vocabulary")
+        for end in (min(segment), max(segment)):
+            if not 0 <= end < model.config.vocab_size:
+                raise ValueError(f"the prompt has token {end}, outside the model's vocabulary")
         tokens = torch.tensor([segment], device=device)
         logits, carry = model(tokens, carry, readout=_last_logits)
         read += len(segment)

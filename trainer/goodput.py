@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 from trainer.config import CheckpointConfig
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
@@ -33,7 +34,7 @@ class Goodput:
         last = lines[-1] if lines else {}
         same = bool(starts) and starts[-1]["submission"] == submission.name
         self._lost_steps = max(0, last.get("step", 0) - step)
-        self._useful = sum(line["step_seconds"] for line in lines if line["step"] <= step)
+        self._useful = sum(line["step_seconds"] for line in taken(lines) if line["step"] <= step)
         # What passed between two submissions is nobody's: no machine was held.
         reached = last.get("elapsed_seconds", 0.0)
         self._base = starts[-1]["base_seconds"] if same else reached
@@ -71,13 +72,20 @@ class Goodput:
         }
 
 
+def taken(lines: list[Line]) -> list[Line]:
+    """Of lines of metrics.jsonl, from the first step on, those of steps that were not left out."""
+    skipped = [0, *(line.get("skipped_steps", 0) for line in lines)]
+    pairs = zip(lines, pairwise(skipped), strict=True)
+    return [line for line, (before, after) in pairs if after == before]
+
+
 class SaveSchedule:
     """When a checkpoint is due, and what the saves have cost."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._config = config
         self._last = time.monotonic()
-        self._costs: deque[float] = deque([1.0], maxlen=20)  # until the first is measured
+        self._costs: deque[float] = deque(maxlen=20)
         self._held_up = 0.0
 
     @property
@@ -86,7 +94,8 @@ class SaveSchedule:
         failures = self._config.failures_per_day
         if failures is None:
             return self._config.every_seconds or math.inf
-        return best_interval(Costs(statistics.median(self._costs), 0.0, failures))
+        cost = statistics.median(self._costs or [1.0])  # until the first is measured
+        return best_interval(Costs(cost, 0.0, failures))
 
     def due(self, step: int) -> bool:
         """Whether to save after this step."""

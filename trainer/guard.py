@@ -69,6 +69,7 @@ class Guard:
         if math.isfinite(norm):
             self.bad_since = None
             return True
+        self._recent.pop()  # of steps that are taken
         return self._leave_out("gradient norm", norm, step, self._told([], begins))
 
     def _told(self, ranks: list[int], begins: list[int]) -> str:

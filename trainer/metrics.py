@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_prep.files import write_whole
 from models.flops import training_flops_per_token
 from trainer.events import Metrics, Streamed
-from trainer.goodput import Goodput, Submission
+from trainer.goodput import Goodput, Submission, taken
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
 from trainer.worker import Worker
 
@@ -36,7 +36,9 @@ def step_metrics(worker: Worker, measured: Metrics) -> Metrics:
     peak = peak_flops(worker.device)
     mfu = None
     if peak is not None:
-        per_token = training_flops_per_token(config.model, config.train.seq_len)
+        length = measured["seq_len"]  # of this step, in a curriculum
+        assert length is not None
+        per_token = training_flops_per_token(config.model, int(length))
         mfu = per_token * rate_per_worker / peak
     return {
         **measured,
@@ -91,17 +93,27 @@ class RunRecord:
         self._goodput = Goodput(self._folder, submission, step)
         self._folder.forget_after(step)
         self._writer = MetricsWriter(self._folder, step)
+        train, last = worker.config.train, read_lines(self._folder.metrics)[-1:]
+        known = last[0].get("tokens") if last and last[0]["step"] == step else None
+        self._tokens = step * train.batch_size * train.seq_len if known is None else known
 
-    def recent(self, count: int) -> list[Line]:
-        """The last lines of metrics.jsonl."""
-        return read_lines(self._folder.metrics)[-count:]
+    def history(self, count: int) -> tuple[list[float | None], int]:
+        """The losses of the last steps that were taken, and how many steps were left out."""
+        lines = read_lines(self._folder.metrics)
+        skipped = lines[-1].get("skipped_steps", 0) if lines else 0
+        return [line["loss"] for line in taken(lines)[-count:]], skipped
+
+    def is_evaluated(self, step: int) -> bool:
+        return any(line["step"] == step for line in read_lines(self._folder.evaluations))
 
     def add(self, measured: Metrics, begins: list[int], useful: bool) -> Metrics:
         """A step; `begins` are the tokens at which its sequences begin. All its figures."""
         seconds = measured["step_seconds"] or 0.0
-        workers = self._worker.config.launch.workers
+        train, workers = self._worker.config.train, self._worker.config.launch.workers
         counted = self._goodput.count(seconds if useful else 0.0, workers)
-        metrics = step_metrics(self._worker, {**measured, **counted})
+        self._tokens += train.batch_size * train.seq_len  # of every length, if there are several
+        measured = {**measured, "tokens": self._tokens, **counted}
+        metrics = step_metrics(self._worker, measured)
         add_line(self._folder.sequences, {"step": measured["step"], "begins": begins})
         self._writer.write(metrics)
         self._folder.progress.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What a decision model earns: episodes played with it in the environment of its data."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -43,10 +44,13 @@ def roll_out(
     They begin by the seeds from `first_seed` on. Asked for is a return, the best of the training
     data where it is None. What was earned is taken off it as the episode goes on. The model sees
     the last `frames` frames, read anew each time, as the Decision Transformer does; None: all, by
-    the carry. Raises ValueError for a run of no decision model.
+    the carry. Raises ValueError for a run of no decision model, and for what cannot be asked.
     """
-    if episodes < 1:
-        raise ValueError(f"{episodes} episodes are not positive")
+    for name, value in (("episodes", episodes), ("frames", frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"{value} {name} are not positive")
+    if asked is not None and not math.isfinite(asked):
+        raise ValueError(f"a return of {asked} cannot be asked for: give a number")
     info = load_info(run).trajectories if RunFolder(run).data.exists() else None
     if info is None:
         raise ValueError(f"{run} is not a run on what data_prep.trajectories writes")

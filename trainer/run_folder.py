@@ -7,11 +7,12 @@ import json
 import os
 import socket
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_whole
+from data_prep.files import file_sha256, write_whole
 from data_prep.schema import INFO_NAME, TOKENIZER_NAME
 from trainer.storage import MANIFEST, place_of
 
@@ -137,10 +138,19 @@ class RunFolder:
         for path, keys in LINES.items():
             if fault := _mend_lines(self.path / path, keys):
                 told.append(fault)
+                if path == self.manifests.name:
+                    self._vouch_for_saved()
         if self.result.exists() and not _object(self.result, RESULT_KEYS):
             aside = _set_aside(self.result)
             told.append(f"{self.result} could not be read: it is {aside.name} now, and made again")
         return told
+
+    def _vouch_for_saved(self) -> None:
+        """For those there are, once the file that did is set aside: the next save begins one."""
+        for folder in self.saved()[::-1]:
+            if (folder / MANIFEST).is_file():
+                step = (place_of(folder.name) or (0,))[0]
+                add_line(self.manifests, {"step": step, "sha256": file_sha256(folder / MANIFEST)})
 
     def write_result(self, result: Line) -> None:
         write_whole(self.result, json.dumps(result, indent=1) + "\n")
@@ -169,9 +179,14 @@ class RunFolder:
 
 
 def add_line(path: Path, line: Line) -> None:
-    """Append to a .jsonl file."""
-    with path.open("a") as f:
-        f.write(json.dumps(line) + "\n")
+    """Append to a .jsonl file, in place of a line that a full disk has torn."""
+    with path.open("ab+") as f:
+        if end := f.tell():
+            f.seek(end - 1)
+            if f.read(1) != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(line).encode() + b"\n")
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -218,14 +233,11 @@ def _mend_lines(path: Path, keys: tuple[str, ...]) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
     lines = [_line(text, keys) for text in texts]
-    kept: list[Line] = []
-    bad = 0
-    for number, line in enumerate(lines):
-        rises = path.name not in RISING or not kept or (line and line["step"] > kept[-1]["step"])
-        if line and rises:
-            kept.append(line)
-        elif number < len(lines) - 1 or texts[number].endswith("\n"):  # the last may be torn
-            bad += 1
+    if lines and not lines[-1] and not texts[-1].endswith("\n"):
+        lines.pop()  # torn, which is no damage
+    read = [line for line in lines if line]
+    kept = _rising(read) if path.name in RISING else read
+    bad = len(lines) - len(kept)
     if not bad:
         if texts and not texts[-1].endswith("\n"):  # or the next line would go on in it
             _write_lines(path, kept)
@@ -240,6 +252,21 @@ def _mend_lines(path: Path, keys: tuple[str, ...]) -> str | None:
         f"{path} had {bad} lines that cannot be read: it is {aside.name} now, and goes on with the "
         f"other {len(kept)}"
     )
+
+
+def _rising(lines: list[Line]) -> list[Line]:
+    """The most of them whose steps rise from each to the next: a wrong one costs itself alone."""
+    ends: list[int] = []  # of the best run of each length, the place of its last line
+    before: list[int] = []  # of each line, the place of the one before it in such a run
+    for place, line in enumerate(lines):
+        length = bisect_left(ends, line["step"], key=lambda end: lines[end]["step"])
+        before.append(ends[length - 1] if length else -1)
+        ends[length : length + 1] = [place]
+    kept, place = [], ends[-1] if ends else -1
+    while place >= 0:
+        kept.append(lines[place])
+        place = before[place]
+    return kept[::-1]
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -23,25 +23,18 @@ from trainer.storage import Mirror
 from trainer.worker import Worker
 
 
-def open_folder(worker: Worker, data: TokenStream) -> list[str]:
-    """Make the folder and what its readers need; on rank 0, what has changed since the last start.
+def open_folder(worker: Worker) -> None:
+    """Make the folder. Files in it that cannot be read are set aside, and told.
 
-    Files that cannot be read are set aside, and told. Raises ValueError where it cannot be written
-    or is not seen by all.
+    Raises ValueError where it cannot be written or is not seen by all.
     """
-    folder, config = RunFolder(worker.config.run.dir), worker.config
-    changed: list[str] = []
+    folder = RunFolder(worker.config.run.dir)
 
     def write() -> None:
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             for told in folder.mend():
                 worker.warn(told)
-            changed.extend(_changes(folder, config))
-            dump_config(config, folder.config)
-            for copy in (folder.data, folder.tokenizer):
-                if (original := data.folder / copy.name).exists():
-                    shutil.copy(original, copy)  # with its permissions
         except OSError as error:
             raise folder.unwritable(error) from None
 
@@ -54,6 +47,24 @@ def open_folder(worker: Worker, data: TokenStream) -> list[str]:
 
     worker.topology.on_first(write)
     worker.topology.together(check)
+
+
+def note_start(worker: Worker, data: TokenStream) -> list[str]:
+    """What the folder's readers need of a start that goes on; on rank 0, what it has changed."""
+    folder, config = RunFolder(worker.config.run.dir), worker.config
+    changed: list[str] = []
+
+    def write() -> None:
+        try:
+            changed.extend(_changes(folder, config))
+            dump_config(config, folder.config)
+            for copy in (folder.data, folder.tokenizer):
+                if (original := data.folder / copy.name).exists():
+                    shutil.copy(original, copy)  # with its permissions
+        except OSError as error:
+            raise folder.unwritable(error) from None
+
+    worker.topology.on_first(write)
     return changed
 
 
@@ -104,6 +115,7 @@ def find_checkpoint(
 
     if mirror:
         topology.on_first(partial(is_ours, mirror))
+    brought: set[str] = set()
     if settings.resume_step is not None:
         wanted = settings.resume_step
 
@@ -115,7 +127,7 @@ def find_checkpoint(
 
         topology.on_first(go_back)
     elif mirror:
-        checkpoint.fetch(folder, mirror, topology)
+        checkpoint.fetch(folder, mirror, topology, brought)
     if settings.resume_step is None:
 
         def leave_bad() -> None:
@@ -126,10 +138,27 @@ def find_checkpoint(
                     mirror.withdraw(path.name)
 
         topology.on_first(leave_bad)
-    saved = checkpoint.find(folder, topology, worker.warn)
+    others = mirror if settings.resume_step is None else None
+    saved = _newest_intact(worker, folder, others, brought)
     if saved:
         _check_resume(saved.manifest, f"in {config.run.dir}", config, data)
     return saved, mirror
+
+
+def _newest_intact(
+    worker: Worker, folder: RunFolder, mirror: Mirror | None, brought: set[str]
+) -> Saved | None:
+    """The checkpoint to go on from; where one is damaged, the mirror's, or an older one there."""
+    while True:
+        try:
+            saved, fault = checkpoint.find(folder, worker.topology, worker.warn), None
+        except ValueError as error:
+            saved, fault = None, error
+        if not mirror or not checkpoint.fetch(folder, mirror, worker.topology, brought):
+            break
+    if fault:
+        raise fault
+    return saved
 
 
 def scan_backends(engine: Engine, worker: Worker) -> str:

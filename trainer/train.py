@@ -19,17 +19,7 @@ from trainer.config import Config
 from trainer.data import SequenceReader, open_data, training_batches
 from trainer.engine import versions
 from trainer.evaluate import Evaluation, check_rollouts, evaluate, evaluated_on, final_result
-from trainer.events import (
-    Ended,
-    Evaluated,
-    Pulse,
-    Report,
-    Started,
-    Stepped,
-    Stop,
-    Stopped,
-    silent,
-)
+from trainer.events import Ended, Evaluated, Pulse, Report, Started, Stepped, Stop, Stopped, silent
 from trainer.fixed import fixed_values
 from trainer.footprint import settle
 from trainer.goodput import SaveSchedule, Submission, of_this_process
@@ -39,7 +29,7 @@ from trainer.metrics import RunRecord, finite
 from trainer.midstep import Midstep, resume, way
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, truncate_after
-from trainer.start import find_checkpoint, open_folder, redrawn, scan_backends
+from trainer.start import find_checkpoint, note_start, open_folder, redrawn, scan_backends
 from trainer.step import accumulate_gradients, build_engine, seed_dropout
 from trainer.worker import Worker, multiplies_in_bf16
 
@@ -62,6 +52,7 @@ def train(
     with _held(worker):
         run = _Run(worker, submission or of_this_process())
         run.announce()
+        run.evaluate_when_due()  # where an earlier start saved this step, and ended before
         stop = Stop.NO
         while run.step < run.last_step and not stop:
             try:
@@ -74,8 +65,7 @@ def train(
             if run.save_due or run.step == run.last_step or asked == Stop.NOW:
                 run.save()
                 stop = asked
-            if config.evaluate.every and run.step % config.evaluate.every == 0:
-                run.evaluate()
+            run.evaluate_when_due()
         run.finish()
 
 
@@ -103,8 +93,9 @@ class _Run:
         if config.evaluate.rollouts:
             self.topology.together(check_rollouts)  # now, not after the last step
         self.data, self.held_out = open_data(worker)
-        self.changed = open_folder(worker, self.data)
+        open_folder(worker)
         saved, mirror = find_checkpoint(worker, submission, self.data)
+        self.changed = note_start(worker, self.data)
         worker.pulse.now("building the model")
         self.engine = build_engine(worker, saved)
         self.step = saved.manifest.step if saved else 0  # steps taken
@@ -116,9 +107,8 @@ class _Run:
         self.asked: Stop = Stop.NO
         self.recent_seconds: deque[float] = deque(maxlen=20)
         self.record = RunRecord(worker, submission, self.step) if self.topology.first else None
-        history = self.topology.gather_objects(self.record and self.record.recent(RECENT))[0]
-        skipped = history[-1].get("skipped_steps", 0) if history else 0
-        self.guard = Guard(config, [line["loss"] for line in history], skipped)
+        history = self.topology.gather_objects(self.record and self.record.history(RECENT))[0]
+        self.guard = Guard(config, *history)
         self.schedule = SaveSchedule(config.checkpoint)
         self.saver = checkpoint.Saver(
             self.folder, config.checkpoint.keep, self.topology.aside, mirror
@@ -208,7 +198,6 @@ class _Run:
         if self.record:
             measured = {
                 "step": self.step,
-                "tokens": self.config.tokens_before(self.step - 1) + self.consumed * train.seq_len,
                 "seq_len": train.seq_len,
                 "loss": finite(float(losses.sum()) / self.topology.dp_size),
                 "grad_norm": finite(grad_norm),
@@ -285,6 +274,14 @@ class _Run:
         mine = self.engine.weights_checksum(), socket.gethostname()
         sums, hosts = zip(*self.topology.gather_objects(mine), strict=True)
         compare_replicas(list(sums), list(hosts), self.step)
+
+    def evaluate_when_due(self) -> None:
+        """Each of the steps after which it is, once."""
+        every = self.config.evaluate.every
+        if every and self.step and self.step % every == 0:
+            done = self.record is not None and self.record.is_evaluated(self.step)
+            if not self.topology.gather_objects(done)[0]:
+                self.evaluate()
 
     def evaluate(self) -> None:
         """The held-out loss after this step, if there is held-out data."""

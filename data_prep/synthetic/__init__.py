@@ -24,7 +24,7 @@ from data_prep.synthetic.parity import Parity
 from data_prep.synthetic.s5 import S5
 from data_prep.synthetic.variables import VariableTracking
 from data_prep.task import SyntheticInfo
-from data_prep.write import Settings, existing_dataset, seal_dataset
+from data_prep.write import Settings, existing_dataset, only_writer, seal_dataset
 
 TASKS: dict[str, Task] = {
     "copy": Copy(),
@@ -81,9 +81,16 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
         synthetic=task,
     )
     partial = out.with_name(out.name + ".partial")
-    (partial / "parts").mkdir(parents=True, exist_ok=True)
-    part = partial / "parts" / "sequences.npz"
-    writer = PartWriter(part, info.dtype)
+    with only_writer(partial, out):
+        part = partial / "parts" / "sequences.npz"
+        _write(settings, part, info.dtype)
+        seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
+    return info
+
+
+def _write(settings: SyntheticSettings, part: Path, dtype: str) -> None:
+    """Both splits as documents of a part."""
+    writer = PartWriter(part, dtype)
     # as many at a time as fit memory, whole turns of the distances
     turns = max(1, len(settings.distances))
     at_once = -(-max(1, ROWS_AT_ONCE // settings.length) // turns) * turns
@@ -92,12 +99,10 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
         count = (settings.train if split == "train" else settings.held_out) + 1
         generator = np.random.default_rng([settings.seed, index])
         for first in range(0, count, at_once):
-            rows = kind.sequences(settings, min(at_once, count - first), generator)
+            rows = TASKS[settings.task].sequences(settings, min(at_once, count - first), generator)
             for row in rows.astype(np.uint8):
                 writer.add(row, (len(row), True, 0, index))
     writer.close(Told([], []))
-    seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
-    return info
 
 
 def _check(settings: SyntheticSettings) -> None:
@@ -111,6 +116,8 @@ def _check(settings: SyntheticSettings) -> None:
             f"--alphabet {settings.alphabet} makes {tokens} different tokens, and they must fit a "
             f"byte: use a smaller one"
         )
+    if settings.distances and not kind.asks_by_distance:
+        raise ValueError(f"--distances: {settings.task} asks for nothing by distance: leave it out")
     if settings.length < 2:
         raise ValueError(f"--length {settings.length}: a sequence has at least two tokens")
     if fault := kind.fault(settings):

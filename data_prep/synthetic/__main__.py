@@ -59,7 +59,10 @@ def main(argv: list[str]) -> int:
 def _range(part: str) -> range:
     """One number, or all from one to another."""
     first, _, last = part.partition("..")
-    return range(int(first), int(last or first) + 1)
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ValueError(f"--distances: {part!r} is neither a number nor two, as 3..40") from None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Task:
     """What is asked of a model."""
 
     hidden = True  # a model reads the last word, which asks, in place of every answer
+    asks_by_distance = False  # whether `distances` mean something
 
     def words(self, settings: SyntheticSettings) -> int:
         """How many different tokens are no answers."""
@@ -114,6 +115,8 @@ class Problem(Task):
 
 class AtTheEnd(Problem):
     """Blanks, a problem of one of `distances` symbols, in turn, the marker, its answer."""
+
+    asks_by_distance = True
 
     def fault(self, settings: SyntheticSettings) -> str | None:
         wrong = [d for d in settings.distances if not 1 <= d <= settings.length - 2]

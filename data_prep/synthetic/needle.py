@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class Needle(Recall):
     hidden = False
+    asks_by_distance = True
 
     def surround(self, settings: SyntheticSettings) -> int:
         return settings.alphabet  # as many as the value's own

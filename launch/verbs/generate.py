@@ -5,16 +5,18 @@ import io
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
 from data_prep.files import at_home
 
 HELP = "continue a text with a trained model"
+CONTEXT_TOKENS = 8  # of a prompt, at which a decoder may look back
 PIECE_BYTES = 1 << 20  # of a prompt, that are made tokens at a time
 LONG_PROMPT_SECONDS = 2.0  # of reading, after which it is told how far it is
 
@@ -64,11 +66,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"[{args.run}, step {trained.step}]", file=sys.stderr)
     encoded = (trained.tokenizer.encode(piece).tolist() for piece in chain([first], pieces))
     with _Reading() as reading:
-        tokens = chain.from_iterable(encoded)
+        read: deque[int] = deque(maxlen=CONTEXT_TOKENS)
+        tokens = _kept(chain.from_iterable(encoded), read)
         drawn = generate(trained.model, tokens, args.max_tokens, sampling, on_read=reading.show)
-        written = _until_end(drawn, trained.end_of_document)
         try:
-            for text in until_stop(trained.tokenizer.decode_stream(), written, args.stop):
+            first_drawn = list(islice(drawn, 1))  # for which all of the prompt is read
+            stream = trained.tokenizer.decode_stream(list(read))
+            written = _until_end(chain(first_drawn, drawn), trained.end_of_document)
+            for text in until_stop(stream, written, args.stop):
                 reading.clear()
                 print(text, end="", flush=True)
         except BrokenPipeError:  # whoever read has had enough
@@ -132,6 +137,13 @@ class _Reading:
         if self._shown:
             print(f"\r{' ' * 60}\r", end="", file=sys.stderr, flush=True)
             self._shown = False
+
+
+def _kept(tokens: Iterable[int], last: deque[int]) -> Iterator[int]:
+    """The same, and the last of them in `last`."""
+    for token in tokens:
+        last.append(token)
+        yield token
 
 
 def _until_end(tokens: Iterable[int], end: int | None) -> Iterator[int]:

@@ -24,7 +24,7 @@ class AttentionMixer(SoftmaxMixer):
     ) -> tuple[Tensor, Carry]:
         carry = self.init_carry(x.shape[0], x.device) if carry is None else carry
         tails = 0 if self.conv is None else 1
-        u, tail = self.convolve(x, carry[:tails], reset, last)
         cache = Cache.of(carry[tails:])
+        u, tail = self.convolve(x, carry[:tails], reset, last)
         y, leaving = self.ops.attend(self.project(u), cache, reset, self.rope_base, last)
         return self.out(y.flatten(2)), () if leaving is None else (*tail, *leaving.flat)

@@ -75,7 +75,8 @@ class MambaMixer(SequenceMixer):
         u = F.silu(u)
         low_rank, b, c = self.select(u).split([self.rank, self.states, self.states], dim=-1)
         rate = -torch.exp(self.log_rate.to(torch.promote_types(x.dtype, torch.float32)))
-        inputs = (u, self.step(low_rank), b, c, rate, self.step_bias.to(rate.dtype))
+        step, b, c = (each.to(u.dtype) for each in (self.step(low_rank), b, c))  # autocast's
+        inputs = (u, step, b, c, rate, self.step_bias.to(rate.dtype))
         y, state = self.ops.scan(self.recurrence, inputs, state, reset)
         y = torch.addcmul(y, self.skip, u)
         if z:

@@ -121,7 +121,8 @@ class TorchCell(nn.Module):
         self, u: Tensor, state: State, reset: Tensor | None, ops: SequenceOps
     ) -> tuple[Tensor, State]:
         """h [B, T, H] of u [B, T, D], and the state that leaves."""
-        return ops.relay(cast(Cell, self), u, state, reset)
+        with torch.autocast(u.device.type, enabled=False):  # it would round the state at every step
+            return ops.relay(cast(Cell, self), u, state, reset)
 
     def weights(self) -> list[Tensor]:
         """In torch's order."""

@@ -63,8 +63,7 @@ def library(source: Path, defined: tuple[str, ...] = (), header: Path | None = N
     texts = [path.read_text() for path in sources]
     described = (*texts, compiler, *FLAGS, *defined, platform.machine(), _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    path = home / "longhaul" / f"scan-{key}.so"
+    path = _cache_home() / "longhaul" / f"scan-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -72,6 +71,16 @@ def library(source: Path, defined: tuple[str, ...] = (), header: Path | None = N
             if not path.exists():
                 _build([compiler, *flags], source, path)
     return ctypes.CDLL(str(path))
+
+
+def _cache_home() -> Path:
+    """Raises OSError where there is none, as for a user whom no file of the machine knows."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(f"{error} Set XDG_CACHE_HOME to a folder that may be written to.") from None
 
 
 def _build(command: list[str], source: Path, path: Path) -> None:

@@ -53,7 +53,7 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
         return unfit
     try:
         _library_of(recurrence)
-    except (OSError, RuntimeError) as error:  # no compiler, or no home for its cache
+    except OSError as error:  # no compiler, or no home for its cache
         return str(error)
     return None
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.reset import reset_fault
 from models.scan.span import ELEMENTWISE, Decay, Span, span_dtype
+from models.segment import reset_fault
 
 Inputs = tuple[Tensor, ...]
 
@@ -211,6 +211,9 @@ class Problem:
             return f"{name} scan inputs must be float, got {first.dtype}"
         if fault := self.recurrence.faults(inputs):
             return f"{name} scan {fault}"
+        are_complex = any(x.is_complex() for x in (*stepped, h0) if x is not None)
+        if are_complex and not self.recurrence.state_dtype(inputs).is_complex:
+            return f"{name} scan has a real state, and inputs or h0 are complex: give real ones"
         if 0 in (self.steps, *self.state_shape[1:]):
             sizes = f"got T = {self.steps}, H = {self.state_shape[-1]}"
             return f"{name} scan needs at least one step and one channel, {sizes}"

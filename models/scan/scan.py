@@ -56,6 +56,9 @@ def linear_scan(
         raise ValueError("linear_scan takes either a or one_minus_a: give one of them")
     decay, recurrence = (a, Linear()) if a is not None else (one_minus_a, Complement())
     assert decay is not None
+    for given in (decay, b):  # what is not float would be rounded to it, or h to what it is
+        if not given.is_floating_point():
+            raise ValueError(f"linear scan inputs must be float, got {given.dtype}")
     wide = torch.promote_types(decay.dtype, b.dtype)
     inputs = decay.to(wide), b.to(wide)
     h, h_last = scan(recurrence, inputs, h0, reset=reset, backend=backend)

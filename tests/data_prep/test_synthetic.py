@@ -10,6 +10,7 @@ from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from data_prep.synthetic.__main__ import main
 from data_prep.synthetic.s5 import ELEMENTS
 from data_prep.verify import verify
+from data_prep.write import only_writer
 from tests.trainer.runs import figures, plain_training, run
 from trainer.config import ConfigError, DataConfig, load_config
 from trainer.data import IGNORED, SequenceReader, TokenStream
@@ -63,6 +64,17 @@ def test_same_settings_are_found_again_and_others_refused(tmp_path):
         prepare_synthetic(NEEDLE, tmp_path / "set")
 
 
+def test_two_do_not_write_one_folder(tmp_path):
+    """Nor one after the other has found it missing."""
+    out = tmp_path / "set"
+    with only_writer(tmp_path / "set.partial", out), pytest.raises(ValueError, match="is writing"):
+        prepare_synthetic(COPY, out)
+    prepare_synthetic(COPY, out)
+    with pytest.raises(ValueError, match="has just written"), only_writer(tmp_path / "a", out):
+        pass
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -79,6 +91,8 @@ def test_same_settings_are_found_again_and_others_refused(tmp_path):
         (["parity", "--length", "1"], "at least two tokens"),
         (["s5", "--alphabet", "1"], "use 2 to 120"),
         (["copy", "--train", "0"], "must be positive"),
+        (["copy", "--distances", "5,10"], "copy asks for nothing by distance"),
+        (["needle", "--distances", "5,x"], "--distances: 'x' is neither a number nor two"),
     ],
 )
 def test_what_cannot_be_made_is_told(tmp_path, capsys, arguments, said):

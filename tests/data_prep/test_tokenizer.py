@@ -92,6 +92,11 @@ def test_text_comes_back(kind, text, tokenizers):
     assert tokenizer.decode(tokens.tolist()) == text
     stream = tokenizer.decode_stream()
     assert "".join(map(stream.step, tokens.tolist())) + stream.end() == text
+    for cut in (1, len(tokens) // 2):  # behind others, whose text is out
+        begun, rest = tokens.tolist()[:cut], tokens.tolist()[cut:]
+        stream = tokenizer.decode_stream(begun)
+        written = tokenizer.decode(begun) + "".join(map(stream.step, rest)) + stream.end()
+        assert written == text or "\ufffd" in tokenizer.decode(begun)
     lengths = tokenizer.token_bytes()[tokens]
     prefix = len(tokens) > 0 and kind == "llama"  # a space before the text, which is not of it
     assert lengths.sum() - prefix == len(text.encode())

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
+from trainer.parallel.topology import Topology
 from trainer.run_folder import RunFolder, read_lines
 from trainer.storage import Mirror
 
@@ -68,6 +70,51 @@ def test_what_is_lost_here_is_fetched_from_the_second_place(config_file, tmp_pat
     second = run(config_file, 2, *options)
     assert started_at(second) == 4
     assert figures(first) + figures(second) == figures(straight)
+
+
+@pytest.mark.parametrize("lost", ["disk", "newest", "nothing"])
+def test_a_damaged_checkpoint_is_made_good_by_the_second_place(config_file, tmp_path, lost):
+    """Its own newest, or, where that is damaged there, the one before it."""
+    remote = tmp_path / "bucket"
+    options = [*BASE, f"checkpoint.remote=file://{remote}", "train.stop_after=4"]
+    run(config_file, 2, *options)
+    here = RunFolder(config_file.parent / "run").checkpoints
+    spoiled = remote if lost == "disk" else here
+    if lost == "disk":
+        shutil.rmtree(here)
+    elif lost == "newest":
+        shutil.rmtree(here / "step-000002")
+    victim = spoiled / "step-000004" / checkpoint.WEIGHTS
+    victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+    again = run(config_file, 2, *options)
+    assert any("step-000004 is not used" in told for told in warnings(again))
+    assert started_at(again) == (2 if lost == "disk" else 4)
+
+
+def _unforeseen(rank: int) -> str:
+    topology = Topology(1, 60.0)
+
+    def act() -> None:
+        if topology.rank == rank:
+            raise KeyError("a slip")
+
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        topology.together(act)
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def test_what_nobody_foresaw_leaves_no_worker_waiting():
+    mine, others = run_distributed(_unforeseen, 2, 0)
+    assert mine == "KeyError: 'a slip'"
+    assert others == "RuntimeError: KeyError: 'a slip'"
+
+
+def test_what_safetensors_says_of_a_full_disk_is_one(tmp_path):
+    def write(path: Path) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match=r"cannot be written, .* MiB are free: No space left"):
+        checkpoint._write_all(tmp_path, {"model.safetensors": write})
 
 
 def test_a_second_place_that_fails_is_told_and_the_first_stands(config_file, tmp_path):

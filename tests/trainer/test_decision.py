@@ -206,6 +206,12 @@ def test_only_a_run_on_frames_is_played(on_text, dataset, tmp_path):
         roll_out(tmp_path, 1, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("asked", [{"asked": float("nan")}, {"frames": 0}, {"episodes": 0}])
+def test_what_cannot_be_asked_of_a_player_is_told(asked, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be asked for|not positive"):
+        roll_out(tmp_path, **{"episodes": 1, "device": torch.device("cpu")} | asked)
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -86,13 +86,18 @@ def test_index_that_leaves_its_folder_is_refused(config_file, own_data):
         load_config(config_file, [f"data.path={own_data}"])
 
 
-def test_other_data_is_refused_on_resume(config_file, own_data):
+def test_other_data_is_refused_on_resume(config_file, own_data, tmp_path):
     run(config_file, 1, "train.stop_after=1")
+    folder = RunFolder(config_file.parent / "run")
+    before = [path.read_text() for path in (folder.config, folder.data, folder.history)]
     info = load_info(own_data)
     info.fingerprint = "another"
     info.dump(own_data)
-    with pytest.raises(AssertionError, match=r"that the run in .* was trained on"):
-        run(config_file, 1, f"data.path={own_data}")
+    # at an address, which only the workers look at
+    for path in (str(own_data), f"file://{own_data}"):
+        with pytest.raises(AssertionError, match=r"that the run in .* was trained on"):
+            run(config_file, 1, f"data.path={path}", f"data.cache={tmp_path / 'cache'}")
+    assert before == [path.read_text() for path in (folder.config, folder.data, folder.history)]
 
 
 def _spoil(config_file: Path, ranks: int, how: str) -> tuple[Path, list]:

@@ -69,7 +69,23 @@ def test_only_likely_and_known_tokens_are_drawn():
     assert drawn(temperature=1e-30) == {0}
 
 
-@pytest.mark.parametrize(("prompt", "said"), [([], "the prompt is empty"), ([40], "has token 40")])
+def test_no_more_than_top_k_are_drawn_among_equals():
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(Sampling(top_k=2).draw(torch.zeros(5), generator)) for _ in range(100)}
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_told(bad, temperature):
+    with pytest.raises(ValueError, match="not finite"):
+        Sampling(temperature).draw(torch.tensor([0.0, bad]), torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [([], "the prompt is empty"), ([40], "has token 40"), ([3, -1], "has token -1")],
+)
 def test_bad_prompts_are_told(prompt, said):
     with pytest.raises(ValueError, match=said):
         next(generate(tiny("mingru"), prompt, 1, Sampling()))

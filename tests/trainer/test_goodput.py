@@ -16,6 +16,7 @@ from trainer.goodput import (
     best_interval,
     describe,
     expected_goodput,
+    taken,
 )
 from trainer.run_folder import RunFolder, add_line, truncate_after
 
@@ -90,6 +91,17 @@ def _steps(folder: RunFolder, goodput: Goodput, steps: range, seconds: float) ->
         add_line(
             folder.metrics, {"step": step, "step_seconds": seconds, "save_seconds": 0.25, **counted}
         )
+
+
+def test_steps_that_were_left_out_are_of_no_use_after_a_restart_either(tmp_path):
+    lines = [{"step": 1, "step_seconds": 1.0, "skipped_steps": 0}]
+    lines += [{"step": step, "step_seconds": 1.0, "skipped_steps": 1} for step in (2, 3)]
+    assert [line["step"] for line in taken(lines)] == [1, 3]
+    folder = RunFolder(tmp_path)
+    for line in lines:
+        add_line(folder.metrics, {**line, "elapsed_seconds": 4.0})
+    goodput = Goodput(folder, Submission("second", time.time()), 3)
+    assert goodput.count(0.0, 1)["goodput"] == pytest.approx(0.5, rel=0.01)
 
 
 def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):

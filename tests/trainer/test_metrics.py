@@ -26,9 +26,10 @@ def _worker(config_file, monkeypatch) -> Worker:
 def test_rates_follow_from_the_seconds(config_file, monkeypatch):
     """Two sequences of 192 tokens in half a second, on two workers."""
     worker = _worker(config_file, monkeypatch)
-    line = step_metrics(worker, {"step": 7, "loss": 1.5, "step_seconds": 0.5})
+    line = step_metrics(worker, {"step": 7, "seq_len": 192, "loss": 1.5, "step_seconds": 0.5})
     assert line == {
         "step": 7,
+        "seq_len": 192,
         "loss": 1.5,
         "step_seconds": 0.5,
         "tokens_per_second": 768.0,
@@ -36,9 +37,11 @@ def test_rates_follow_from_the_seconds(config_file, monkeypatch):
         "mfu": None,  # nobody knows a processor's peak
     }
     monkeypatch.setattr(metrics_module, "peak_flops", lambda device: 1e9)
-    flops = training_flops_per_token(worker.config.model, 192)
-    told = step_metrics(worker, {"step_seconds": 0.5})["mfu"]
-    assert told == pytest.approx(flops * 384 / 1e9)
+    worker.config.model.mixer = "attention"
+    for length in (192, 48):  # a curriculum's
+        flops = training_flops_per_token(worker.config.model, length)
+        told = step_metrics(worker, {"seq_len": length, "step_seconds": 0.5})["mfu"]
+        assert told == pytest.approx(flops * 384 / 1e9)
 
 
 def test_what_a_lost_run_wrote_after_its_checkpoint_is_dropped(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.files import file_sha256
 from tests.trainer.runs import figures, of_kind, run, started_at, warnings
 from tests.trainer.test_resume import _assert_identical, _state
 from trainer import checkpoint
@@ -119,6 +120,54 @@ def test_no_line_goes_on_in_one_that_was_torn(tmp_path, torn):
     add_line(folder.manifests, {"step": 3, "sha256": "c"})
     kept = [1, 2, 3] if torn.endswith("}") else [1, 3]
     assert [line["step"] for line in read_lines(folder.manifests)] == kept
+
+
+def test_a_wrong_step_costs_its_own_line_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2000, 3, 4, 3, 5):
+        add_line(folder.sequences, {"step": step, "begins": []})
+    assert "had 2 lines that cannot be read" in folder.mend()[0]
+    assert [line["step"] for line in read_lines(folder.sequences)] in ([1, 3, 4, 5],)
+
+
+def test_a_full_disk_tears_no_line_but_its_own(tmp_path):
+    path = tmp_path / "manifests.jsonl"
+    add_line(path, {"step": 1, "sha256": "a"})
+    with path.open("a") as f:
+        f.write('{"step": 2, "sh')
+    add_line(path, {"step": 3, "sha256": "c"})
+    assert [line["step"] for line in read_lines(path)] == [1, 3]
+
+
+def test_checkpoints_are_vouched_for_where_the_file_that_did_so_was_damaged(tmp_path):
+    """Or the next save would begin a file that refuses all that are older."""
+    folder = RunFolder(tmp_path)
+    for step in (1, 2):
+        folder.checkpoint(step).mkdir(parents=True)
+        (folder.checkpoint(step) / "manifest.json").write_text(str(step))
+    folder.manifests.write_text('{"step": 1, "sha\n{"step": 2, "sha256": "b"}\n')
+    assert "checkpoints are taken as they are" in folder.mend()[0]
+    digests = [file_sha256(folder.checkpoint(step) / "manifest.json") for step in (1, 2)]
+    kept = read_lines(folder.manifests)
+    assert kept == [{"step": n + 1, "sha256": digests[n]} for n in (0, 1)]
+    assert folder.mend() == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_lost_before_it_evaluates_does_so_when_it_goes_on(config_file):
+    options = ["train.steps=4", "checkpoint.every=2", "evaluate.every=2", "evaluate.sequences=2"]
+    folder = RunFolder(config_file.parent / "run")
+    straight = [line["loss"] for line in _evaluated(config_file, folder, options)]
+    shutil.rmtree(folder.path)
+    run(config_file, 1, *options, "train.stop_after=2")
+    folder.evaluations.unlink()
+    assert [line["loss"] for line in _evaluated(config_file, folder, options)] == straight
+    assert [line["step"] for line in read_lines(folder.evaluations)] == [2, 4]
+
+
+def _evaluated(config_file: Path, folder: RunFolder, options: list[str]) -> list:
+    run(config_file, 1, *options)
+    return read_lines(folder.evaluations)
 
 
 def test_foreign_names_are_left_alone(tmp_path):

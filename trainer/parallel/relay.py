@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.once import once
 from models.relay import Cell, Piece, State, cut, entering
-from models.reset import check_reset
+from models.segment import check_segment
 from trainer.parallel.sequence_group import SequenceGroup
 
 # Pieces are cut at multiples of so many steps of a shard, always at the same places: what a kernel
@@ -37,7 +37,7 @@ class RelayExchange:
         u [B, T, D] and reset [B, T] are this rank's shard; the carry is the same on every rank,
         entering and leaving, as are its gradients. Every rank must make the call.
         """
-        check_reset(reset, u)
+        check_segment(u, reset)
         pieces, state = cut(reset, u.shape[1], PIECE_TOKENS), entering(carry, u)
         run = _Run(cell, pieces, len(state))
         y, *last = _Relay.apply(self, run, u, *state, *cell.weights())

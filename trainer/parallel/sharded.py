@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from models.cache import Cache
-from models.mixer import SequenceMixer, visible_tail
+from models.mixer import SequenceMixer, check_halo, visible_tail
 from models.relay import Cell, State
-from models.reset import check_reset
 from models.scan import Inputs, Recurrence, scan
+from models.segment import check_segment
 from models.softmax_attention import QKV
 from trainer.parallel.carry import CarryExchange
 from trainer.parallel.halo import exchange_halo
@@ -42,7 +42,8 @@ class ShardedOps:
                 f"a shard of {x.shape[1]} tokens is shorter than its halo of {width}: "
                 f"use longer sequences or fewer SP ranks"
             )
-        check_reset(reset, x)
+        check_segment(x, reset)
+        check_halo(carry, width)
         tail = visible_tail(x, width, reset)
         halo, leaving = exchange_halo(tail, carry.to(x.dtype), self.group, last)
         return torch.cat([halo, x], dim=1), leaving

@@ -38,15 +38,22 @@ class Peers:
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every worker; if it fails on any, the same ValueError is raised on all.
 
-        Without it one worker raises while the others wait for it in their next collective.
+        Without it one worker raises while the others wait for it in their next collective. What
+        nobody foresaw is a RuntimeError on the others.
         """
-        value, fault = None, None
+        value, fault, unforeseen = None, None, None
         try:
             value = action()
         except (ValueError, OSError) as error:
             fault = str(error)
-        if faults := sorted({f for f in self.gather_objects(fault) if f}):
-            raise ValueError("\n".join(faults))
+        except Exception as error:
+            fault, unforeseen = f"{type(error).__name__}: {error}", error
+        told = self.gather_objects((fault, unforeseen is not None))
+        if unforeseen:
+            raise unforeseen
+        if faults := sorted({fault for fault, _ in told if fault}):
+            kind = RuntimeError if any(surprise for _, surprise in told) else ValueError
+            raise kind("\n".join(faults))
         return cast(T, value)
 
     def on_first(self, action: Callable[[], None]) -> None:

@@ -263,6 +263,10 @@ def test_streamed_state_is_not_passed_through_g():
         (lambda: mingru_scan(torch.rand(2, 3, 4), torch.rand(2, 3)), r"h0 must be .*\[2, 2\]"),
         (lambda: mingru_scan(torch.rand(2, 3, 4), reset=torch.ones(2, 2)), "reset must be"),
         (lambda: mingru_scan(torch.ones(2, 3, 4, dtype=torch.int64)), "must be float"),
+        (lambda: linear_scan(torch.rand(2, 3, 4), torch.ones(2, 3, 4).long()), "must be float"),
+        (lambda: linear_scan(torch.rand(2, 3, 4), torch.rand(2, 3, 4) * 1j), "must be float"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4) * 1j), "real state"),
+        (lambda: mingru_scan(torch.rand(2, 3, 4), torch.rand(2, 2) * 1j), "real state"),
         (lambda: mingru_scan(torch.rand(2, 3, 4), backend="fast"), "'fast' is not known"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a reset is: a mask over steps, set where a document starts and nothing before is seen."""
+"""What a segment is: steps, one at least, and resets, set where a document starts afresh."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ def reset_fault(reset: Tensor, batch: int, steps: int) -> str | None:
     return None
 
 
-def check_reset(reset: Tensor | None, x: Tensor) -> None:
-    """Raises ValueError where it is no mask of the steps of x [B, T, ...]."""
+def check_segment(x: Tensor, reset: Tensor | None) -> None:
+    """Raises ValueError where x [B, T, ...] has no step, or reset is no mask of its steps."""
+    if not x.shape[1]:
+        raise ValueError(f"a segment needs at least one step, got [B, T, ...] = {list(x.shape)}")
     if reset is not None and (fault := reset_fault(reset, x.shape[0], x.shape[1])):
         raise ValueError(fault)
