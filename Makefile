@@ -6,30 +6,27 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check static fast-lane slow-lane compare recall paper-data rl-data recall-data marathon needle context test-faults test-containers fuzz bench lint lock setup clean
+.PHONY: train test check static compare recall paper-data rl-data recall-data marathon needle context test-faults test-containers fuzz bench lint lock setup clean
 
 # Prepare the demo's text, train on it, report. Interrupted, the same command goes on.
 train: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch train configs/demo.yaml
 
-# The proofs, both lanes side by side: a quarter of an hour on two fast cores, 40 minutes on slow ones.
+# The proofs, a file of tests at a time in each of two processes: a quarter of an hour on two fast cores,
+# 40 minutes on slow ones.
+TESTS := $(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 test: setup static
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line fast-lane slow-lane
+	$(TESTS) -m "not soak"
 
 # What to run while working, under 90 seconds: lint, types, and all tests of one process.
-check: setup static fast-lane
+check: setup static
+	$(TESTS) -m "not slow and not soak"
 
 static:
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-
-fast-lane:
-	$(RUN) -m pytest -m "not slow and not soak" --durations=15 -o cache_dir=.pytest_cache/fast
-
-slow-lane:
-	$(RUN) -m pytest -m "slow and not soak" --durations=25 -o cache_dir=.pytest_cache/slow
 
 # Recurrences beside a Transformer, 1K to 64K tokens: about 17 quiet minutes on two cores.
 compare: setup
