@@ -34,7 +34,7 @@ examples.load_profile("tests")
 
 @pytest.fixture(scope="session")
 def fuzz_counts(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
-    """What was tried: the rows of results/fuzz_*.md, where `make fuzz` ran whole and none failed."""
+    """What was tried: the rows of results/fuzz_*.md, if `make fuzz` ran whole and none failed."""
     rows: list[dict[str, object]] = []
     circumstances = results.circumstances().splitlines()[1:]
     yield rows
