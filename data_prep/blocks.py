@@ -31,7 +31,7 @@ class Blocks:
         Raises DataError naming the file that is not as it was written.
         """
         # file:// is a folder to fetch from too: storage that is slower than the machine's own disk
-        remote = path.removeprefix("file://") if "://" in path else None
+        remote = path.removeprefix("file://").rstrip("/") if "://" in path else None
         if "AWS_ENDPOINT_URL" in os.environ:  # botocore's name; Streaming has its own
             os.environ.setdefault("S3_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
         self.folder = Path(cache or "") if remote else Path(path)

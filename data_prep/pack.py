@@ -56,6 +56,11 @@ class Streams:
         for part, size in zip(self._parts, self._sizes, strict=True):
             tokens = read_tokens(part, self._info.dtype, self._info.token_shape)
             ends = np.cumsum(self._table.lengths[stretch : stretch + size])
+            if len(tokens) != ends[-1:].sum():
+                raise ValueError(
+                    f"{part.with_suffix('.tokens')} has {len(tokens):,} tokens instead of "
+                    f"{int(ends[-1]):,}: remove {part.parents[1]}, and run again"
+                )
             first = 0
             while first < size:
                 start = int(ends[first - 1]) if first else 0

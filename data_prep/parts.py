@@ -6,6 +6,7 @@ It exists when the table does, which is written last.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ class PartWriter:
 
     def close(self, told: Told) -> None:
         """From here on the part exists."""
+        self._file.flush()
+        os.fsync(self._file.fileno())  # the table is on disk before it has its name
         self._file.close()
         write_table(self._path, Table.of(self._rows), told)
 

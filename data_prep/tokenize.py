@@ -133,7 +133,10 @@ def _tokenize(work: Work, changes: bool) -> Told:
         begun |= record.starts
         tokens = tokenizer.encode(record.text)
         end = work.end_of_document
-        if not tokenizer.exact and (change := _change(record, tokenizer, tokens, end)):
+        change = _ended(record, tokens, end)
+        if not change and not tokenizer.exact:
+            change = _change(record, tokenizer, tokens)
+        if change:
             told.changed.append(change)
             if not changes:
                 return told  # it is refused, and no part is there to be taken for whole
@@ -149,13 +152,16 @@ def _tokenize(work: Work, changes: bool) -> Told:
     return told
 
 
-def _change(
-    record: Text, tokenizer: Tokenizer, tokens: NDArray[np.uint32], end: int | None
-) -> str | None:
+def _ended(record: Text, tokens: NDArray[np.uint32], end: int | None) -> str | None:
+    """Whose text would end a document in its middle."""
+    if end is None or not (tokens == end).any():
+        return None
+    return f"{record.document}: its text becomes the token that ends documents"
+
+
+def _change(record: Text, tokenizer: Tokenizer, tokens: NDArray[np.uint32]) -> str | None:
     """Where and how the tokens' text is not the text; None where it is."""
     text, back = record.text, tokenizer.decode(tokens.tolist())
-    if end is not None and (tokens == end).any():
-        return f"{record.document}: its text becomes the token that ends documents"
     if back == text and not record.starts:  # a part of a long document: does it follow the last?
         before = tokenizer.encode("a\n").tolist()
         text, back = "a\n" + text[:100], tokenizer.decode(before + tokens[:400].tolist())

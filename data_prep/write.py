@@ -22,7 +22,7 @@ from data_prep.pack import Streams, pack
 from data_prep.parts import document_key
 from data_prep.remote import Remote
 from data_prep.schema import INFO_NAME, SPLITS, TOKENIZER_NAME, DatasetInfo, load_info
-from data_prep.sources import Piece, Selection, plan
+from data_prep.sources import Piece, Selection, plan, stamp
 from data_prep.tokenize import Limits, Work, tokenize
 from data_prep.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
@@ -128,6 +128,7 @@ def _write(
         limits = Limits(settings.skip_faulty, settings.allow_changes)
         tokenize(work, limits, workers, progress=tell is not None)
         info.left_out, info.changed_texts = limits.left_out, len(limits.changed)
+        _check_unchanged(planned.pieces)
         for line in _told(limits):
             say(line)
         streams = seal_dataset(parts, info, settings, partial, out)
@@ -137,8 +138,11 @@ def _write(
 
 
 @contextmanager
-def only_writer(partial: Path, out: Path) -> Iterator[None]:
-    """Be the only one that prepares `out`. Raises ValueError where another is, or nobody can."""
+def only_writer(partial: Path, out: Path, goes_on: bool = False) -> Iterator[None]:
+    """Be the only one that prepares `out`, which is not there yet, or `goes_on` in it.
+
+    Raises ValueError where another is, or nobody can.
+    """
     try:
         (partial / "parts").mkdir(parents=True, exist_ok=True)
         lock = (partial / "lock").open("w")
@@ -149,7 +153,7 @@ def only_writer(partial: Path, out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another data_prep is writing {out}: wait for it to end") from None
-        if out.exists():  # since it was looked for
+        if out.exists() and not goes_on:  # since it was looked for
             shutil.rmtree(partial)
             raise ValueError(f"another data_prep has just written {out}: the same command finds it")
         yield
@@ -164,6 +168,17 @@ def _check(selection: Selection, settings: Settings) -> None:
         raise ValueError(f"--skip-faulty {settings.skip_faulty} is negative")
     if not math.isfinite(settings.shard_bytes) or settings.shard_bytes < 1:
         raise ValueError(f"shard_bytes {settings.shard_bytes} is not positive")
+
+
+def _check_unchanged(pieces: list[Piece]) -> None:
+    """Raises ValueError for a file that is not what it was when it was hashed."""
+    for file in {file for piece in pieces for file in piece.files}:
+        try:
+            now = stamp(file.path)
+        except OSError:
+            now = None
+        if now != file.stamp:
+            raise ValueError(f"{file.path} changed while it was read: run again when it is whole")
 
 
 def _end_of_document(settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int]:
@@ -264,6 +279,6 @@ def _check_not_empty(info: DatasetInfo, settings: Settings) -> None:
         raise ValueError("the sources hold no text")
     if not train or (settings.held_out and not held_out):
         raise ValueError(
-            f"the {'held_out' if train else 'train'} split is empty: {train + held_out} tokens are "
-            f"too few for --held-out {settings.held_out}; change it, or use 0 to hold nothing out"
+            f"the {'held_out' if train else 'train'} split is empty, of {train + held_out} tokens: "
+            f"hold out another share (--held-out, 0 for none), or other files (--held-out-from)"
         )

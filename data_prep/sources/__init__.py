@@ -23,10 +23,11 @@ from data_prep.sources.storage import (
     is_address,
     open_file,
     size_and_content,
+    stamp,
     walk,
 )
 
-__all__ = ["Faulty", "File", "Piece", "Record", "Selection", "Text", "plan", "read"]
+__all__ = ["Faulty", "File", "Piece", "Record", "Selection", "Text", "plan", "read", "stamp"]
 
 
 class Format(Protocol):
@@ -85,17 +86,25 @@ def plan(selection: Selection, out: Path | None, notes: list[str]) -> list[Piece
     held_out = [
         _pieces(source, everything, out, "held_out", notes) for source in selection.held_out_from
     ]
-    kept = {file.content for found in held_out for piece in found for file in piece.files}
+    kept = {
+        known
+        for found in held_out
+        for piece in found
+        for file in piece.files
+        for known in (file.content, file.path)
+    }
     split = "train" if held_out else None
     pieces: list[Piece] = []
     for source in selection.sources:
         for piece in _pieces(source, selection, out, split, notes):
-            files = tuple(file for file in piece.files if file.content not in kept)
+            files = tuple(file for file in piece.files if not {file.content, file.path} & kept)
             if len(files) == len(piece.files):
                 pieces.append(piece)
                 continue
-            left_out = ", ".join(file.path for file in piece.files if file.content in kept)
-            notes.append(f"{left_out}: held out, so it is not trained on")
+            left_out = ", ".join(file.path for file in piece.files if file not in files)
+            note = f"{left_out}: held out, so it is not trained on"
+            if note not in notes:  # of each piece of a large one
+                notes.append(note)
             if files:
                 pieces.append(replace(piece, files=files, end=sum(file.size for file in files)))
     return joined(pieces) + joined([piece for found in held_out for piece in found])
@@ -170,8 +179,10 @@ def _file(name: str, path: str, kind: str) -> File:
         why = "a broken link" if os.path.islink(path) else "no regular file"
         raise ValueError(f"{path} is {why}: remove it, or leave it out by --exclude")
     with _named(path):
+        written = stamp(path)  # before what it holds is looked at
         size, content = size_and_content(path)
-        file = File(name, path, size, content, kind or SUFFIXES.get(inner, ""), packing)
+        kind = kind or SUFFIXES.get(inner, "")
+        file = File(name, path, size, content, kind, packing, stamp=written)
         return file if file.kind else _as_text(file)
 
 

@@ -4,9 +4,11 @@ import csv as csv_library
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.sources.pieces import UNTOLD, Faulty, File, Piece, Record, Text, whole
+from data_prep.sources.pieces import MARK, UNTOLD, Faulty, File, Piece, Record, Text, whole
 from data_prep.sources.storage import open_file
 
 csv_library.field_size_limit(sys.maxsize)
@@ -19,13 +21,18 @@ def plan(file: File, field: str) -> list[Piece]:
 
 def read(piece: Piece, field: str) -> Iterator[Record]:
     for file in piece.files:
-        tabs = ".tsv" in file.path.lower()
+        name = PurePosixPath(file.name.lower())
+        tabs = (name.with_suffix("") if file.packing else name).suffix == ".tsv"
+        with open_file(file.path, file.packing) as raw:
+            marked = raw.read(len(MARK)) == MARK
         with open_file(file.path, file.packing) as raw:
             # what is not UTF-8 becomes what no UTF-8 can be, and is told with its row
             lines = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-            yield from _rows(
-                file, csv_library.reader(lines, delimiter="\t" if tabs else ",", strict=True), field
-            )
+            reader = csv_library.reader(lines, delimiter="\t" if tabs else ",", strict=True)
+            for record in _rows(file, reader, field):
+                if marked and isinstance(record, Text):
+                    record, marked = replace(record, marked=True), False
+                yield record
 
 
 def _rows(file: File, reader: Any, field: str) -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 import json as json_library
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -26,21 +27,21 @@ SPACE = " \t\r\n"
 
 def plan(file: File, field: str) -> list[Piece]:
     """Records on lines can be cut; else the file is one piece."""
-    from dataclasses import replace
-
     if file.size <= PIECE_BYTES:
         return [whole(file)]
-    with open_file(file.path, file.packing) as f:
-        first = f.read(1 << 20).removeprefix(MARK).lstrip()
-    if first.startswith(b"{"):
-        line = first.partition(b"\n")[0].decode(errors="replace")
-        try:
-            jsonl.parse(line)
-        except ValueError:
-            pass  # over several lines
-        else:
-            return jsonl.plan(replace(file, kind="jsonl"), field)
+    if _on_lines(file):
+        return jsonl.plan(replace(file, kind="jsonl"), field)
     return [whole(file)]
+
+
+def _on_lines(file: File) -> bool:
+    """Whether every line is a record, or looks like one."""
+    with open_file(file.path, file.packing) as f:
+        for number, line in enumerate(f):
+            text = (line if number else line.removeprefix(MARK)).strip()
+            if text and not (text.startswith(b"{") and text.endswith(b"}")):
+                return False
+    return True
 
 
 def read(piece: Piece, field: str) -> Iterator[Record]:

@@ -23,6 +23,7 @@ class File:
     kind: str = "text"
     packing: str = ""  # gz, bz2, xz, zst
     split: str | None = None  # where the command decides
+    stamp: tuple[int, ...] = ()  # changes when the file here is written to (storage.stamp)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from data_prep.sources.pieces import File, Piece, whole
-from data_prep.sources.storage import size_and_content
+from data_prep.sources.storage import size_and_content, stamp
 
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
@@ -18,7 +18,12 @@ def plan() -> list[Piece]:
             continue
         modules = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py"))
         files = [
-            File(p.relative_to(root).as_posix(), str(p), *size_and_content(str(p)))
+            File(
+                p.relative_to(root).as_posix(),
+                str(p),
+                *size_and_content(str(p)),
+                stamp=stamp(str(p)),
+            )
             for p in modules
             if not EXCLUDED.intersection(p.relative_to(root).parts)
             and p.stat().st_size

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 import os
 from collections.abc import Iterator
@@ -42,19 +43,83 @@ def open_file(path: str, packing: str = "") -> IO[bytes]:
         import pyarrow as pa
 
         f = pa.CompressedInputStream(pa.PythonFile(f, mode="r"), "zstd")
+    elif packing == "gz":
+        f = gzip.GzipFile(fileobj=f)
     elif packing:
-        opener: Any = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packing]
-        f = opener(f, "rb")
+        f = io.BufferedReader(_Streams(f, packing), 1 << 20)
     return cast(IO[bytes], f)
+
+
+class _Streams(io.RawIOBase):
+    """bz2 or xz, of any number of streams: Python's readers end at what does not begin as one."""
+
+    def __init__(self, packed: IO[bytes], packing: str) -> None:
+        self._packed, self._packing = packed, packing
+        self._unpack: Any = None  # between two streams
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        while True:
+            if self._unpack is None or self._unpack.needs_input:
+                self._rest = self._rest or self._packed.read(1 << 16)
+                if not self._rest and self._unpack is None:
+                    return 0
+                if not self._rest:
+                    raise EOFError("it ends in the middle of a stream")
+            if self._unpack is None:
+                if self._packing == "xz":  # between streams it may be padded
+                    self._rest = self._rest.lstrip(b"\0")
+                if not self._rest:
+                    continue
+                new: Any = {"bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
+                self._unpack = new[self._packing]()
+            data = self._unpack.decompress(self._rest, len(room))
+            self._rest = b""
+            if self._unpack.eof:
+                self._rest, self._unpack = self._unpack.unused_data, None
+            if data:
+                room[: len(data)] = data
+                return len(data)
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def size_and_content(path: str) -> tuple[int, str]:
     """A file's size, and what changes with its content: its sha256, or what storage knows it by."""
     if is_address(path):
         files, name = _files(path)
-        return files.info(name)["size"], str(files.ukey(name))
+        return files.info(name)["size"], _known_by(files, name)
     with open(path, "rb") as f:
         return os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _known_by(files: Any, name: str) -> str:
+    """What a store says of an object's content, however it was listed; else its sha256.
+
+    Not fsspec's ukey: s3's differs between a file alone and one of a folder, http's is its address.
+    """
+    info = files.info(name)
+    for key in ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "crc32c"):
+        if value := info.get(key):
+            return f"{key.lower()} {str(value).strip(chr(34))} of {info['size']}"
+    with files.open(name, "rb") as f:
+        digest = hashlib.sha256()
+        while data := f.read(1 << 20):
+            digest.update(data)
+        return digest.hexdigest()
+
+
+def stamp(path: str) -> tuple[int, ...]:
+    """What changes when a file here is written to; of an address nothing."""
+    if is_address(path):
+        return ()
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def walk(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
@@ -63,7 +128,7 @@ def walk(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
     What is left out goes into `notes`. Raises ValueError where it is neither file nor folder.
     """
     if is_address(source):
-        yield from _walk_address(source)
+        yield from _walk_address(source, notes)
         return
     root = at_home(source.removeprefix("file://"))
     if root.is_file():
@@ -92,20 +157,28 @@ def walk(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
             if name.startswith("."):
                 continue
             found.append((Path(path).relative_to(root).as_posix(), path))
-    if hidden:
-        shown = ", ".join(hidden[:3]) + (", ..." if len(hidden) > 3 else "")
-        notes.append(f"{len(hidden)} hidden files and folders are left out: {shown}")
+    _note_hidden(hidden, notes)
     yield from sorted(found)
 
 
-def _walk_address(source: str) -> Iterator[tuple[str, str]]:
+def _walk_address(source: str, notes: list[str]) -> Iterator[tuple[str, str]]:
     files, root = _files(source)
     try:
+        files.invalidate_cache()
         found = {name: entry for name, entry in files.find(root, detail=True).items()}
     except Exception as error:  # each store's client has errors of its own
         raise ValueError(f"source {source} cannot be read: {error}") from None
     if not found:
         raise ValueError(f"source {source} holds no files")
-    for name in sorted(found):
-        inside = name.removeprefix(root).strip("/") or os.path.basename(name)
-        yield inside, files.unstrip_protocol(name)
+    inside = {name: name.removeprefix(root).strip("/") for name in sorted(found)}
+    hidden = [name for name, at in inside.items() if any(p[:1] == "." for p in at.split("/"))]
+    _note_hidden(hidden, notes)
+    for name in sorted(set(found) - set(hidden)):
+        yield inside[name] or os.path.basename(name), files.unstrip_protocol(name)
+
+
+def _note_hidden(hidden: list[str], notes: list[str]) -> None:
+    if hidden:
+        names = [name if name.isprintable() else ascii(name) for name in hidden[:3]]
+        shown = ", ".join(names) + (", ..." if len(hidden) > 3 else "")
+        notes.append(f"{len(hidden)} hidden files and folders are left out: {shown}")

@@ -43,7 +43,7 @@ def prepare_trajectories(
     made, and for a folder that holds something else.
     """
     _check(settings)
-    with only_writer(partial := out.with_name(out.name + ".partial"), out):
+    with only_writer(partial := out.with_name(out.name + ".partial"), out, goes_on=True):
         try:
             known = _policy(settings, out, tell)
             return {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}

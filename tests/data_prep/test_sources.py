@@ -244,11 +244,12 @@ def test_no_content_is_taken_for_another_kind(tmp_path):
 def test_a_byte_order_mark_is_left_out_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\n" * 2)
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    (tmp_path / "c.csv").write_bytes(b"\xef\xbb\xbftext\nfirst\nsecond\n")
     told: list[str] = []
     chosen = Settings(block_size=8, held_out=0.0)
     prepare(Selection((str(tmp_path),)), tmp_path / "out", chosen, 1, tell=told.append)
-    assert tokens_of(tmp_path / "out", "train") == b"text\n\xef\xbb\xbftext\nrow"
-    assert "left out the byte-order marks at the beginning of 2 files" in told
+    assert tokens_of(tmp_path / "out", "train") == b"text\n\xef\xbb\xbftext\nrowfirstsecond"
+    assert "left out the byte-order marks at the beginning of 3 files" in told
     (tmp_path / "c.txt").write_bytes("text".encode("utf-16"))
     with pytest.raises(ValueError, match="begins as UTF-16 does"):
         prepare(Selection((str(tmp_path / "c.txt"),)), tmp_path / "o", chosen, 1, tell=None)
@@ -290,6 +291,41 @@ def test_damaged_packed_files_are_named(suffix, packing, tmp_path):
         if how in ("torn", "nonsense"):
             assert said
         assert all(str(path) in text for text in said), (how, said)
+
+
+@pytest.mark.parametrize("packing", ["bz2", "xz", "gz", "zst"])
+def test_all_of_what_a_parallel_packer_wrote_is_read(packing, tmp_path):
+    """Streams one after another; one that is damaged is told, not left out."""
+    text = os.urandom(200_000).hex()
+    streams = [
+        PACKERS[packing](text[at : at + 50_000].encode()) for at in range(0, 400_000, 50_000)
+    ]
+    path = tmp_path / f"a.txt.{packing}"
+    path.write_bytes(b"".join(streams))
+    assert texts_of(Selection((str(path),))) == [text]
+    padding = {"xz": bytes(8), "gz": bytes(8)}.get(packing, b"")
+    path.write_bytes(padding.join(streams) + padding)
+    assert texts_of(Selection((str(path),))) == [text]
+    for spoiled in (bytes([1]) + streams[-1][1:], b"GARBAGE!", streams[-1][:-9]):
+        path.write_bytes(b"".join(streams[:-1]) + spoiled)
+        with pytest.raises(ValueError, match=f"{path} cannot be (unpacked|read)"):
+            texts_of(Selection((str(path),)))
+
+
+def test_a_large_json_file_of_both_ways_to_write_is_read(tmp_path, monkeypatch):
+    """Records on lines, then one over several: what the first line looks like decides nothing."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.json.PIECE_BYTES", 100)
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "line"}\n' * 50 + '{\n "text": "over\\nlines"\n}\n')
+    assert texts_of(Selection((str(path),))) == ["line"] * 50 + ["over\nlines"]
+
+
+def test_only_a_files_own_name_says_that_it_has_tabs(tmp_path):
+    (tmp_path / "x.tsv.d").mkdir()
+    (tmp_path / "x.tsv.d" / "a.csv").write_text("id,text\n1,hello\tthere\n")
+    (tmp_path / "x.tsv.d" / "b.tsv.gz").write_bytes(gzip.compress(b"id\ttext\n1\ta,b\n"))
+    assert texts_of(Selection((str(tmp_path),))) == ["hello\tthere", "a,b"]
 
 
 def test_csv_is_read_strictly(tmp_path):
