@@ -7,8 +7,9 @@ length from the weights of the length before. From the length on that takes more
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
 each. A long sequence has no more answers to learn from than a short one, and how to read a value is
-lost there in part: many sequences of a shorter length come before the last steps. What each has
-learned at every length, and what it answers at the longest, is in results/long_needle_*.md.
+lost there in part: many sequences of a shorter length come before the last steps, in which all
+values lie as far back as there is room. What each has learned at every length, and what it answers
+at the longest, is in results/long_needle_*.md.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class Stage:
     steps: int
     rate: float
     workers: int = 1
+    far: bool = False  # values lie all of the length back, where leaks tell: in training alone
 
     def run(self, line: str) -> str:
         """The name of its run's folder."""
@@ -55,7 +57,7 @@ STAGES = [
     Stage(262144, 2, 60, 4e-3),
     Stage(1048576, 2, 24, 4e-3),
     Stage(16384, 16, 60, 1e-3),
-    Stage(1048576, 2, 20, 2e-3),
+    Stage(1048576, 2, 20, 2e-3, far=True),
 ]
 LONGEST = max(stage.tokens for stage in STAGES)
 QUICK = [Stage(64, 8, 4, 1e-3), Stage(256, 2, 4, 1e-3)]
@@ -65,18 +67,19 @@ def launch(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def make_data(folder: Path, stage: Stage) -> Path:
-    """Needles at a quarter, a half and all of the length, in turn."""
+def make_data(folder: Path, stage: Stage, far: bool = False) -> Path:
+    """Needles at a quarter, a half and all of the length, in turn; `far`: all of it."""
     count = stage.batch * -(-stage.steps * 4 // 3)
-    out = folder / f"data-{stage.tokens}-{count}"
+    out = folder / f"data-{stage.tokens}-{count}{'-far' * far}"
     most = stage.tokens - 2 * ANSWER
-    distances = [stage.tokens // 4, stage.tokens // 2, most]
+    distances = [most] if far else [stage.tokens // 4, stage.tokens // 2, most]
     sizes = {
         "length": stage.tokens,
         "tokens": ANSWER,
         "train": count,
         "held-out": EVALUATED,
         "distances": ",".join(map(str, distances)),
+        "seed": int(far),
     }
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     if not out.exists():
@@ -105,6 +108,8 @@ def train(
         settings |= {"train.segment_len": segment, "train.truncate": str(truncate).lower()}
     if begun:
         settings["train.init_from"] = begun
+    if stage.far:
+        settings |= {"data.path": make_data(run.parent, stage, far=True), "evaluate.path": data}
     launch("launch", "train", CONFIG, *(f"{key}={value}" for key, value in settings.items()))
     return evaluated(run)
 
@@ -182,6 +187,8 @@ def main() -> None:
     folder, longest = options.folder, max(stages, key=lambda stage: stage.tokens)
     for stage in stages:
         make_data(folder, stage)
+        if stage.far:
+            make_data(folder, stage, far=True)
     shared = list(takewhile(lambda stage: stage.tokens <= segment, stages))
     rest = stages[len(shared) :]
     begun = trained("streamed", shared, None)
