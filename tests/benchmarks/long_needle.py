@@ -7,8 +7,8 @@ length from the weights of the length before. From the length on that takes more
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
 each. A long sequence has no more answers to learn from than a short one, and how to read a value is
-lost there in part: many sequences of a shorter length come before the last steps, in which all
-values lie as far back as there is room. What each has learned at every length, and what it answers
+lost there in part: many sequences of a shorter length follow, once before and once after steps in
+which all values lie as far back as there is room. What each has learned at every length, and what it answers
 at the longest, is in results/long_needle_*.md.
 """
 
@@ -57,7 +57,8 @@ STAGES = [
     Stage(262144, 2, 60, 4e-3),
     Stage(1048576, 2, 24, 4e-3),
     Stage(16384, 16, 60, 1e-3),
-    Stage(1048576, 2, 20, 2e-3, far=True),
+    Stage(1048576, 2, 22, 6e-3, far=True),
+    Stage(16384, 16, 50, 1e-3),
 ]
 LONGEST = max(stage.tokens for stage in STAGES)
 QUICK = [Stage(64, 8, 4, 1e-3), Stage(256, 2, 4, 1e-3)]
