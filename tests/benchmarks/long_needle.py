@@ -7,9 +7,9 @@ length from the weights of the length before. From the length on that takes more
 second line of trainings cuts the gradient at segments (train.truncate), for as much computing: four
 steps to three, since a streamed step runs a forward more. The two lines run side by side, a worker
 each. A long sequence has no more answers to learn from than a short one, and how to read a value is
-lost there in part: many sequences of a shorter length follow, once before and once after steps in
-which all values lie as far back as there is room. What each has learned at every length, and what it answers
-at the longest, is in results/long_needle_*.md.
+lost there in part. Many sequences of a shorter length mend that, once before and once after steps
+in which all values lie as far back as there is room. What each has learned at every length, and
+what it answers at the longest, is in results/long_needle_*.md.
 """
 
 import argparse
