@@ -69,7 +69,8 @@ class Guard:
         if math.isfinite(norm):
             self.bad_since = None
             return True
-        self._recent.pop()  # of steps that are taken
+        if self._recent:
+            self._recent.pop()  # it holds losses of steps that are taken
         return self._leave_out("gradient norm", norm, step, self._told([], begins))
 
     def _told(self, ranks: list[int], begins: list[int]) -> str:
