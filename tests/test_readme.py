@@ -49,7 +49,7 @@ def run(command: str, folder: Path) -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     kept["PATH"] = f"{BIN}:{kept['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=180
+        ["bash", "-c", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -156,7 +156,7 @@ def test_lost_again_and_again(config_file, stage):
     known = len(_steps(run))
     wait_for(lambda: len(_steps(run)) > known + 20)
     driver.send_signal(signal.SIGTERM)
-    output, _ = driver.communicate(timeout=60)
+    output, _ = driver.communicate(timeout=300)
     assert driver.returncode == PREEMPTED, output
     last = _steps(run)[-1]
     alone = [o for o in options if not o.startswith("train.steps")]
@@ -188,7 +188,7 @@ def test_nothing_outlives_the_command(config_file):
     assert not left, [p.cmdline() for p in left]
     options.append("evaluate.sequences=0")
     again = _start(config_file, without_ray(), *options, "train.stop_after=20")
-    output, _ = again.communicate(timeout=90)
+    output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     whole = f"train.stop_after={_steps(run)[-1]}"
     _assert_as_if_left_alone(run, config_file, [*options, whole])
@@ -228,7 +228,7 @@ def test_a_machine_is_lost_and_comes_back(tmp_path, config_file, stage):
         )
         assert read_lines(starts)[-1]["lost_steps"] == 0  # it was taken in at a checkpoint
         driver.send_signal(signal.SIGTERM)
-        output, _ = driver.communicate(timeout=60)
+        output, _ = driver.communicate(timeout=300)
         assert driver.returncode == PREEMPTED, output
     finally:
         machines.stop()
@@ -263,7 +263,7 @@ def test_a_drained_machine_is_left_and_a_time_limit_kept(config_file):
         )
         second = read_lines(run / "starts.jsonl")[1]
         assert (second["workers"], second["lost_steps"]) == (1, 0)
-        output, _ = driver.communicate(timeout=90)
+        output, _ = driver.communicate(timeout=300)
         assert time.monotonic() - began < 75
     finally:
         machines.stop()

@@ -135,7 +135,7 @@ def test_interrupted_then_resumed_equals_uninterrupted(config_file, head, launch
     driver = subprocess.Popen(command, cwd=ROOT, env=head.joined, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: len(_steps(run)) >= 5)
     driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=60)
+    output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0
     assert "stopped in good order" in output
     stopped_at = len(_steps(run))
@@ -162,7 +162,7 @@ def test_lost_workers_are_named_and_replaced(config_file, head):
         workers = [p for p in head.processes("_Worker") if p.status() != psutil.STATUS_ZOMBIE]
         assert len(workers) == 2
         workers[1].send_signal(how)
-    _, errors = driver.communicate(timeout=120)
+    _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     for told in ("its process was lost", "did not answer for"):
         # a new checkpoint lies between the two, so each is the first
@@ -185,7 +185,7 @@ def test_job_submitted_from_outside(head: Head, config_file, dataset):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(_steps(run)) == 5
