@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.parts import PartWriter, Told, document_key, read_table
-from data_prep.sources import Faulty, Piece, Text, read
+from data_prep.sources import Faulty, Piece, Text, read, stamp
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN = 60  # characters of a text that a tokenizer changes
@@ -148,8 +148,20 @@ def _tokenize(work: Work, changes: bool) -> Told:
             key = document_key(record.document)
             writer.add(tokens, (len(record.text.encode()), begun, key, decided))
             begun = False
+    _check_unchanged(work.piece)  # or a part would hold what its name does not say
     writer.close(told)
     return told
+
+
+def _check_unchanged(piece: Piece) -> None:
+    """Raises ValueError for a file that is not what it was when it was hashed."""
+    for file in piece.files:
+        try:
+            now = stamp(file.path)
+        except OSError:
+            now = None
+        if now != file.stamp:
+            raise ValueError(f"{file.path} changed while it was read: run again when it is whole")
 
 
 def _ended(record: Text, tokens: NDArray[np.uint32], end: int | None) -> str | None:

@@ -22,7 +22,7 @@ from data_prep.pack import Streams, pack
 from data_prep.parts import document_key
 from data_prep.remote import Remote
 from data_prep.schema import INFO_NAME, SPLITS, TOKENIZER_NAME, DatasetInfo, load_info
-from data_prep.sources import Piece, Selection, plan, stamp
+from data_prep.sources import Piece, Selection, plan
 from data_prep.tokenize import Limits, Work, tokenize
 from data_prep.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 
@@ -128,7 +128,6 @@ def _write(
         limits = Limits(settings.skip_faulty, settings.allow_changes)
         tokenize(work, limits, workers, progress=tell is not None)
         info.left_out, info.changed_texts = limits.left_out, len(limits.changed)
-        _check_unchanged(planned.pieces)
         for line in _told(limits):
             say(line)
         streams = seal_dataset(parts, info, settings, partial, out)
@@ -144,7 +143,7 @@ def only_writer(partial: Path, out: Path, goes_on: bool = False) -> Iterator[Non
     Raises ValueError where another is, or nobody can.
     """
     try:
-        (partial / "parts").mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         lock = (partial / "lock").open("w")
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}: {error.filename}") from None
@@ -154,8 +153,9 @@ def only_writer(partial: Path, out: Path, goes_on: bool = False) -> Iterator[Non
         except BlockingIOError:
             raise ValueError(f"another data_prep is writing {out}: wait for it to end") from None
         if out.exists() and not goes_on:  # since it was looked for
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"another data_prep has just written {out}: the same command finds it")
+        (partial / "parts").mkdir(exist_ok=True)
         yield
 
 
@@ -168,17 +168,6 @@ def _check(selection: Selection, settings: Settings) -> None:
         raise ValueError(f"--skip-faulty {settings.skip_faulty} is negative")
     if not math.isfinite(settings.shard_bytes) or settings.shard_bytes < 1:
         raise ValueError(f"shard_bytes {settings.shard_bytes} is not positive")
-
-
-def _check_unchanged(pieces: list[Piece]) -> None:
-    """Raises ValueError for a file that is not what it was when it was hashed."""
-    for file in {file for piece in pieces for file in piece.files}:
-        try:
-            now = stamp(file.path)
-        except OSError:
-            now = None
-        if now != file.stamp:
-            raise ValueError(f"{file.path} changed while it was read: run again when it is whole")
 
 
 def _end_of_document(settings: Settings, tokenizer: Tokenizer) -> tuple[int | None, int]:
@@ -234,8 +223,8 @@ def seal_dataset(
     shutil.rmtree(partial / "parts")
     for path in [*partial.rglob("*"), partial]:
         sync_to_disk(path)
-    (partial / "lock").unlink(missing_ok=True)
     partial.rename(out)
+    (out / "lock").unlink(missing_ok=True)  # held until here
     sync_to_disk(out.parent)
     return streams
 

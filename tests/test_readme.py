@@ -19,7 +19,8 @@ SMALL = (
 )
 SMALL_COMPARISON = (
     "compare.lengths=[256] compare.tokens_per_step=256 compare.repetitions=1 compare.steps=1 "
-    "compare.decode_tokens=2 compare.tasks={} compare.mixers=[attention,mingru] "
+    "compare.decode_tokens=2 compare.cell_timeout_seconds=300 compare.tasks={} "
+    "compare.mixers=[attention,mingru] "
     "model.width=32 model.window=16"
 )
 BIN = Path(sys.executable).parent

@@ -149,12 +149,20 @@ def _newest_intact(
     worker: Worker, folder: RunFolder, mirror: Mirror | None, brought: set[str]
 ) -> Saved | None:
     """The checkpoint to go on from; where one is damaged, the mirror's, or an older one there."""
+    topology = worker.topology
     while True:
+        newest = topology.gather_objects([path.name for path in folder.saved()[:1]])[0]
         try:
-            saved, fault = checkpoint.find(folder, worker.topology, worker.warn), None
+            saved, fault = checkpoint.find(folder, topology, worker.warn), None
         except ValueError as error:
             saved, fault = None, error
-        if not mirror or not checkpoint.fetch(folder, mirror, worker.topology, brought):
+        if not mirror or (not fault and ([saved.folder.name] if saved else []) == newest):
+            break
+        try:
+            if not checkpoint.fetch(folder, mirror, topology, brought):
+                break
+        except ValueError as error:
+            worker.warn(f"checkpoint.remote has no better one that can be read: {error}")
             break
     if fault:
         raise fault

@@ -35,11 +35,14 @@ def plan(file: File, field: str) -> list[Piece]:
 
 
 def _on_lines(file: File) -> bool:
-    """Whether every line is a record, or looks like one."""
+    """Whether every line is a record, or the beginning of one that was torn there."""
+    with open_file(file.path, file.packing) as f:
+        if not f.read(4096).removeprefix(MARK).lstrip().startswith(b"{"):
+            return False
     with open_file(file.path, file.packing) as f:
         for number, line in enumerate(f):
             text = (line if number else line.removeprefix(MARK)).strip()
-            if text and not (text.startswith(b"{") and text.endswith(b"}")):
+            if text == b"{" or (text and not text.startswith(b"{")):
                 return False
     return True
 

@@ -18,12 +18,7 @@ def plan() -> list[Piece]:
             continue
         modules = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py"))
         files = [
-            File(
-                p.relative_to(root).as_posix(),
-                str(p),
-                *size_and_content(str(p)),
-                stamp=stamp(str(p)),
-            )
+            _file(p, p.relative_to(root).as_posix())
             for p in modules
             if not EXCLUDED.intersection(p.relative_to(root).parts)
             and p.stat().st_size
@@ -32,6 +27,11 @@ def plan() -> list[Piece]:
         if files:
             pieces.append(whole(*files, document=f"stdlib/{entry.name}"))
     return pieces
+
+
+def _file(path: Path, name: str) -> File:
+    written = stamp(str(path))  # before what it holds is looked at
+    return File(name, str(path), *size_and_content(str(path)), stamp=written)
 
 
 def _is_utf8(path: Path) -> bool:

@@ -104,7 +104,8 @@ def _known_by(files: Any, name: str) -> str:
     Not fsspec's ukey: s3's differs between a file alone and one of a folder, http's is its address.
     """
     info = files.info(name)
-    for key in ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "crc32c"):
+    # digests first: an etag may change where the content does not
+    for key in ("md5Hash", "Content-MD5", "content_md5", "crc32c", "ETag", "etag"):
         if value := info.get(key):
             return f"{key.lower()} {str(value).strip(chr(34))} of {info['size']}"
     with files.open(name, "rb") as f:

@@ -1,6 +1,7 @@
 """Sources that change, or that their stores list differently from one look to the next."""
 
 import http.server
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -110,6 +111,12 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(name, tmp_path, monkeypa
         prepare(Selection((str(path),)), tmp_path / "out", CHOSEN, 1, tell=None)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(write, "tokenize", tokenize)
+    path.write_text(path.read_text().replace("two", "one"))  # as it was hashed before
+    prepare(Selection((str(path),)), tmp_path / "before", CHOSEN, 1, tell=None)
+    prepare(Selection((str(path),)), tmp_path / "out", CHOSEN, 1, tell=None)
+    assert tokens_of(tmp_path / "out", "train") == tokens_of(tmp_path / "before", "train")
+    shutil.rmtree(tmp_path / "out")
+    path.write_text(path.read_text().replace("one", "two"))
     prepare(Selection((str(path),)), tmp_path / "out", CHOSEN, 1, tell=None)
     assert b"two" in tokens_of(tmp_path / "out", "train")
 

@@ -236,6 +236,8 @@ def test_a_large_json_file_of_both_ways_to_write_is_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text('{"text": "line"}\n' * 50 + '{\n "text": "over\\nlines"\n}\n')
     assert texts_of(Selection((str(path),))) == ["line"] * 50 + ["over\nlines"]
+    path.write_text('{"text": "line"}\n' * 50 + '{"text": "torn\n' + '{"text": "line"}\n' * 50)
+    assert len(faults_of(Selection((str(path),)))) == 1  # and nothing else is lost with it
 
 
 def test_only_a_files_own_name_says_that_it_has_tabs(tmp_path):
