@@ -13,13 +13,13 @@ train: setup
 	$(RUN) -m data_prep stdlib --out data/stdlib --held-out 0.08
 	$(RUN) -m launch train configs/demo.yaml
 
-# The proofs, a file of tests at a time in each of two processes: a quarter of an hour on two fast cores,
-# 40 minutes on slow ones.
+# The proofs, a file of tests at a time in each of two processes: 20 minutes on two fast cores, 40 on
+# slow ones.
 TESTS := $(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 test: setup static
 	$(TESTS) -m "not soak"
 
-# What to run while working, under 90 seconds: lint, types, and all tests of one process.
+# What to run while working, two to four minutes: lint, types, and all tests of one process.
 check: setup static
 	$(TESTS) -m "not slow and not soak"
 

@@ -127,7 +127,7 @@ def test_a_wrong_step_costs_its_own_line_alone(tmp_path):
     for step in (1, 2000, 3, 4, 3, 5):
         add_line(folder.sequences, {"step": step, "begins": []})
     assert "had 2 lines that cannot be read" in folder.mend()[0]
-    assert [line["step"] for line in read_lines(folder.sequences)] in ([1, 3, 4, 5],)
+    assert [line["step"] for line in read_lines(folder.sequences)] == [1, 3, 4, 5]
 
 
 def test_a_full_disk_tears_no_line_but_its_own(tmp_path):
