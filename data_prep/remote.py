@@ -35,8 +35,11 @@ class Remote:
         return f"{self.address}/".startswith(f"{source.rstrip('/')}/")
 
     def folder(self) -> Path:
-        """Below which datasets for this address are made."""
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        """Below which datasets for this address are made. Raises ValueError where none can be."""
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError as error:  # of a user whom no file of the machine knows
+            raise ValueError(f"{error} Set XDG_CACHE_HOME to a folder with room.") from None
         name = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         return caches / "longhaul" / name
 

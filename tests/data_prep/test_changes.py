@@ -13,9 +13,11 @@ import pytest
 from data_prep import write
 from data_prep.blocks import Blocks
 from data_prep.parts import read_tokens
+from data_prep.remote import Remote
 from data_prep.sources import Selection, plan
 from data_prep.sources.storage import _known_by
 from data_prep.write import Settings, prepare
+from models.scan.library import _cache_home
 from tests.data_prep.test_data_prep import tokens_of
 
 CHOSEN = Settings(block_size=8, held_out=0.0)
@@ -55,6 +57,22 @@ def test_an_address_of_data_may_end_in_a_slash(tmp_path):
     prepare(Selection((str(tmp_path / "a.txt"),)), tmp_path / "out", CHOSEN, 1, tell=None)
     blocks = Blocks(f"file://{tmp_path}/out/", "train", str(tmp_path / "cache"))
     assert bytes(blocks.read(0)[0].tolist()) == b"text\ntex"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """On the way to an address, and where kernels are built: as containers have such users."""
+
+    def lost() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", staticmethod(lost))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(ValueError, match="Set XDG_CACHE_HOME"):
+        Remote("memory://bucket/set").folder()
+    with pytest.raises(OSError, match="Set XDG_CACHE_HOME"):
+        _cache_home()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert _cache_home() == Path("/somewhere")
 
 
 def test_bytes_too_are_not_ended_by_a_byte_of_the_text(tmp_path):
