@@ -1,5 +1,6 @@
 """Lines on log axes, labelled, readable in print: for reports and benchmarks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,12 @@ def plot_lines(path: Path, series: Series, axes: Axes, reference: str | None = N
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+    # logarithms draw no infinite loss, and nothing where all are
+    series = {
+        name: drawn
+        for name, points in series.items()
+        if (drawn := [point for point in points if all(map(math.isfinite, point))])
+    }
     figure, plot = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for marker, (name, points) in zip(MARKERS * 3, series.items(), strict=False):
         style: dict[str, Any] = {"marker": marker}

@@ -1,7 +1,8 @@
 """Goodput: the share of the time since submission that went into steps that count.
 
 A run's `starts.jsonl` has a line for every time that its workers began to step: who had submitted
-them, at which step they went on, how many steps were lost and how long it took to be back.
+them, at which step they went on, how many steps were lost, how long it took to be back, and which
+code ran on what.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from trainer.config import CheckpointConfig
+from trainer.provenance import commit
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
 
 DAY_SECONDS = 86400.0
@@ -28,8 +30,9 @@ class Submission:
 class Goodput:
     """Counts one start of a run, on rank 0. Made before a lost run's lines are dropped."""
 
-    def __init__(self, folder: RunFolder, submission: Submission, step: int) -> None:
+    def __init__(self, folder: RunFolder, submission: Submission, step: int, hardware: str) -> None:
         self._folder, self._submission, self._step = folder, submission, step
+        self._provenance = {"commit": commit(), "hardware": hardware}
         lines, starts = read_lines(folder.metrics), read_lines(folder.starts)
         last = lines[-1] if lines else {}
         same = bool(starts) and starts[-1]["submission"] == submission.name
@@ -63,6 +66,7 @@ class Goodput:
                 "lost_steps": self._lost_steps,
                 # from the last step before to the end of the first after it
                 "recovery_seconds": elapsed - self._down_since,
+                **self._provenance,
             }
             add_line(self._folder.starts, record)
         return {

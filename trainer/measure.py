@@ -15,6 +15,8 @@ from models.mixer import Carry
 from models.stack import Stack
 from trainer.config import Config
 from trainer.data import MicroBatch
+from trainer.footprint import settle
+from trainer.layout import AUTO
 from trainer.memory import peak_memory_bytes
 from trainer.metrics import peak_flops
 from trainer.step import accumulate_gradients, build_engine
@@ -101,6 +103,8 @@ def measure_training(config: Config, steps: int, seconds: float, untimed: int = 
     So many before them are not timed. Every worker calls it.
     """
     worker = Worker.join(config)
+    if config.train.segment_len == AUTO:
+        worker, _ = settle(worker)
     device, meter = worker.device, worker.topology.sequence.meter
     idle = _resident_bytes(device)
     clock = timed_steps(worker)

@@ -12,6 +12,7 @@ from data_prep.files import write_whole
 from models.flops import training_flops_per_token
 from trainer.events import Metrics, Streamed
 from trainer.goodput import Goodput, Submission, taken
+from trainer.provenance import hardware
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
 from trainer.worker import Worker
 
@@ -24,7 +25,15 @@ GROUPS = {
     **dict.fromkeys(("step_seconds", "data_seconds", "exchange_seconds", "save_seconds"), "time"),
 }
 # Dense bf16 peaks in FLOP/s, by the name that CUDA reports. Where the peak is unknown, mfu is null.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# The first that fits.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 
 
 def step_metrics(worker: Worker, measured: Metrics) -> Metrics:
@@ -90,7 +99,8 @@ class RunRecord:
     def __init__(self, worker: Worker, submission: Submission, step: int) -> None:
         """Goes on after `step`; what a lost run wrote of later ones is dropped."""
         self._worker, self._folder = worker, RunFolder(worker.config.run.dir)
-        self._goodput = Goodput(self._folder, submission, step)
+        measured_on = hardware(worker.device.type == "cuda")
+        self._goodput = Goodput(self._folder, submission, step, measured_on)
         self._folder.forget_after(step)
         self._writer = MetricsWriter(self._folder, step)
         train, last = worker.config.train, read_lines(self._folder.metrics)[-1:]

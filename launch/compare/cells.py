@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch.compare.child import Call, Child, Failed
@@ -60,16 +59,19 @@ class CellGang:
 
 
 @contextmanager
-def cell_gang(config: Config) -> Iterator[CellGang]:
-    """Start Ray, or join the cluster of RAY_ADDRESS, with the workers of `config`."""
+def cell_gang(config: Config, should_stop: Callable[[], bool]) -> Iterator[CellGang | None]:
+    """Start Ray, or join the cluster of RAY_ADDRESS, with the workers of `config`.
+
+    None where it was asked to stop before there was room for them.
+    """
     connect(config)
     import ray
 
     try:
-        # a comparison is of all its workers, or it compares nothing
-        whole = replace(config, launch=replace(config.launch, min_workers=None))
-        planned = find_room(whole, print, lambda: False)
-        assert planned
+        planned = find_room(config, print, should_stop)
+        if planned is None:
+            yield None
+            return
         with gang(config, _CellWorker, planned.nodes, max_concurrency=2) as (workers, _):
             yield CellGang(workers, config)
     except ray.exceptions.RayError as error:

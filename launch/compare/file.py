@@ -5,17 +5,26 @@ The file has a section `compare` beside those of a run, which all cells and trai
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from models.bounds import Fault, bound_faults, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
-from trainer.checks import data_faults, data_fingerprint, value_faults
-from trainer.config import Config, LaunchConfig
+from models.mixers import MIXERS
+from trainer.checks import data_faults, data_fingerprint, value_faults, widths_of_data
+from trainer.config import Config
 from trainer.settings import ConfigError, file_path, merge
+
+OF_NO_RESULT = (
+    "run.max_seconds",
+    "data.cache",
+    "parallel.timeout_seconds",
+    "train.stop_after",
+    *(f"launch.{name}" for name in ("max_failures", "wait_seconds", "silence_seconds")),
+)
 
 
 @dataclass
@@ -89,13 +98,16 @@ class Trainings:
         run = deepcopy(self.config)
         run.run.seed, run.optim.learning_rate = seed, rate
         if steps is not None:
-            run.train.steps = steps
+            run = _shortened(run, steps)
         # A run of other settings or data is another: it neither resumes this one nor passes for it.
         fingerprints = [data_fingerprint(run), data_fingerprint(run.held_out)]
         described = {**of_results(run), "fingerprints": fingerprints}
         del described["run"]["dir"], described["checkpoint"]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(self.folder / f"{self.label}-{digest}")
+        if run.checkpoint.remote:  # nobody goes on with what another run keeps there
+            own = f"{self.folder.name}/{self.label}-{digest}"
+            run.checkpoint.remote = f"{run.checkpoint.remote.rstrip('/')}/{own}"
         return run
 
     @property
@@ -112,17 +124,19 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
     ]
     if messages:
         raise ConfigError(str(path), messages)
-    models, target = _solve(config, str(path))
     settings = config.compare
+    own = {name: _task_config(path, name, [*t, *overrides]) for name, t in settings.tasks.items()}
+    _follow_data(config, places, list(own.values()))
+    models, target = _solve(config, str(path))
     cells = {
         (label, length): _cell(config, model, length)
         for length in settings.lengths
         for label, model in models.items()
     }
-    tasks: dict[str, dict[str, Trainings]] = {}
-    for name, task in settings.tasks.items():
-        own = _task_config(path, name, [*task, *overrides])
-        tasks[name] = {label: _trainings(own, name, label, m) for label, m in models.items()}
+    tasks = {
+        name: {label: _trainings(task, name, label, model) for label, model in models.items()}
+        for name, task in own.items()
+    }
     for (label, length), cell in cells.items():
         messages += [f"{label} at {length}: {key}: {text}" for key, text in value_faults(cell)]
     for name, runs in tasks.items():
@@ -130,10 +144,11 @@ def load_comparison(path: str | Path, overrides: list[str]) -> Comparison:
             faults = value_faults(each.first)
             messages += [f"task {name}, {label}: {key}: {text}" for key, text in faults]
         data = data_faults(next(iter(runs.values())).first)
-        messages += [f"task {name}: {key}: {text}" for key, text in data]
+        evaluated = _evaluation_faults(next(iter(runs.values())).config)
+        messages += [f"task {name}: {key}: {text}" for key, text in [*data, *evaluated]]
     if messages:
         raise ConfigError(str(path), messages)
-    return Comparison(settings, config, target, models, cells, tasks)
+    return Comparison(settings, _run_of(config, config.model), target, models, cells, tasks)
 
 
 def file_name(task: str) -> str:
@@ -143,10 +158,10 @@ def file_name(task: str) -> str:
 
 def of_results(config: Config) -> dict[str, Any]:
     """The configuration, with all that changes no result as it is by default."""
-    described, usual = asdict(config), LaunchConfig()
-    for name in ("min_workers", "max_failures", "wait_seconds", "silence_seconds"):
-        described["launch"][name] = getattr(usual, name)
-    described["run"]["max_seconds"] = None
+    described, usual = asdict(config), asdict(Config())
+    for key in OF_NO_RESULT:
+        section, name = key.split(".")
+        described[section][name] = usual[section][name]
     described["optim"]["eps"] = config.optim.eps_for(config.model.memory_tokens)
     return described
 
@@ -166,6 +181,16 @@ def _faults(config: ComparisonFile) -> Iterator[Fault]:
     yield from bound_faults(config.parallel, "parallel.")
     yield from bound_faults(config.launch, "launch.")
     yield from _task_faults(config)
+    for name in ("learning_rates", "seeds"):
+        numbers = getattr(compare, name)
+        for number in sorted({n for n in numbers if numbers.count(n) > 1}):
+            yield (
+                f"compare.{name}",
+                f"{number:g} is there twice: its runs are one run, name it once",
+            )
+    labels = {*map(str, map(label_of, compare.mixers)), *MIXERS}
+    for name in (name for name in compare.baselines if name not in labels):
+        yield "compare.baselines", f"{name!r} is not one of {', '.join(sorted(labels))}"
     for mixer in compare.mixers:
         model = deepcopy(config.model)
         model.mixer = mixer
@@ -175,8 +200,6 @@ def _faults(config: ComparisonFile) -> Iterator[Fault]:
 
 def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
     compare = config.compare
-    if compare.tasks and not (config.evaluate.every > 0 and config.evaluate.sequences > 0):
-        yield "evaluate.every", "0 evaluations on the way: tasks are compared by held-out losses"
     own = ["model.", "compare.", "run.dir", "launch.", "parallel."]
     own += ["optim.learning_rate="] if compare.learning_rates else []
     own += ["run.seed="] if compare.seeds else []
@@ -194,6 +217,23 @@ def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
             if compare.tasks and name not in compare.tasks:
                 known = ", ".join(compare.tasks)
                 yield f"compare.{key}", f"{name!r} is not one of the tasks {known}"
+
+
+def _evaluation_faults(config: Config) -> Iterator[Fault]:
+    for key, number in (("every", config.evaluate.every), ("sequences", config.evaluate.sequences)):
+        if number == 0:
+            yield f"evaluate.{key}", "0: tasks are compared by held-out losses, also on the way"
+
+
+def _follow_data(config: Config, places: dict[str, str], tasks: Sequence[Config]) -> None:
+    """Models have as many tokens, or frames as wide, as the tasks' data where no file says.
+
+    Rows of an embedding that no token reaches would be of other weight in each mixer's count.
+    """
+    found = [widths_of_data(task) for task in tasks]
+    for name in {name for widths in found for name in widths}:
+        if f"model.{name}" not in places:
+            setattr(config.model, name, max(widths.get(name, 0) for widths in found))
 
 
 def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], int]:
@@ -222,8 +262,8 @@ def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], i
 def _cell(config: ComparisonFile, model: ModelConfig, length: int) -> Config:
     """One cell's configuration: as many tokens a step as at any other length, if there is room."""
     cell = _run_of(config, model)
-    dp, train = cell.dp, cell.train
-    train.seq_len = length
+    train = cell.train = replace(cell.train.of_length(length), curriculum=[])
+    dp = cell.dp
     train.micro_batch_size = max(1, config.compare.micro_batch_tokens // length)
     per_worker = max(1, config.compare.tokens_per_step // length // max(1, dp))
     train.micro_batch_size = min(train.micro_batch_size, per_worker)
@@ -249,6 +289,23 @@ def _trainings(config: ComparisonFile, name: str, label: str, model: ModelConfig
 
 
 def _run_of(config: ComparisonFile, model: ModelConfig) -> Config:
-    """The run's own sections, with another model."""
+    """The run's own sections, with another model.
+
+    A comparison is of all its workers, or its times compare nothing.
+    """
     shared = {name: deepcopy(getattr(config, name)) for name in Config.__dataclass_fields__}
-    return Config(**{**shared, "model": deepcopy(model)})
+    run = Config(**{**shared, "model": deepcopy(model)})
+    run.launch.min_workers = None
+    return run
+
+
+def _shortened(run: Config, steps: int) -> Config:
+    """The same schedule in fewer steps: warm-up and curriculum keep their share of them."""
+    share = steps / run.train.steps
+    warmup = round(run.optim.warmup_steps * share)
+    stage = max(1, round(run.train.curriculum_steps * share))
+    return replace(
+        run,
+        train=replace(run.train, steps=steps, curriculum_steps=stage),
+        optim=replace(run.optim, warmup_steps=warmup),
+    )

@@ -3,15 +3,19 @@
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from statistics import median
 
 from launch.compare.measurements import MEASUREMENTS
 from launch.compare.results import (
     Cells,
     Figure,
     Results,
+    Runs,
     TrainingRecord,
+    best_runs,
     failure_of,
     figure,
+    median_loss,
     median_of,
     memory_gib,
     typical,
@@ -41,7 +45,8 @@ def findings_of(results: Results) -> Iterator[str]:
                 why = why_failed(cells[mixer, lost[0]]).strip("*")
                 yield f"{mixer}, {kind}: {why} at {lost[0]:,} tokens."
     for task, runs in results.tasks.items():
-        yield from _verdict(task, {label: typical(same) for label, same in runs.items()})
+        yield from _verdict(task, runs)
+        yield from _machines(task, results.hardware, runs)
         for label, tried in runs.items():
             yield from _edge(f"{task}: {label}", results.rates[task][label], typical(tried))
         for label, why in results.lost[task].items():
@@ -99,16 +104,26 @@ def _crossing(
     )
 
 
-def _verdict(task: str, runs: dict[str, TrainingRecord]) -> Iterator[str]:
+def _verdict(task: str, runs: Runs) -> Iterator[str]:
     if not runs:
         return
-    by_loss = sorted(runs, key=lambda label: runs[label].final_loss)
-    tokens = runs[by_loss[0]].tokens[-1]
-    losses = ", ".join(f"{label} {runs[label].final_loss:.3f}" for label in by_loss)
-    yield f"{task}, held-out loss after {tokens:,} tokens, best first: {losses}."
-    seconds = min(run.seconds[-1] for run in runs.values())
-    losses_then = {label: _loss_at(run, seconds) for label, run in runs.items()}
-    at_time = {label: loss for label, loss in losses_then.items() if loss is not None}
+    finals = {label: median_loss(same) for label, same in runs.items()}
+    by_loss = sorted(finals, key=lambda label: finals[label])
+    chosen = {label: typical(same) for label, same in runs.items()}
+    tokens = chosen[by_loss[0]].tokens[-1]
+    losses = ", ".join(f"{label} {finals[label]:.3f}" for label in by_loss)
+    seeds = max(len(best_runs(same)) for same in runs.values())
+    middle = f", the median of {seeds} seeds" if seeds > 1 else ""
+    yield f"{task}, held-out loss after {tokens:,} tokens{middle}, best first: {losses}."
+    seconds = min(run.seconds[-1] for run in chosen.values())
+    losses_then = {
+        label: [_loss_at(run, seconds) for run in best_runs(same)] for label, same in runs.items()
+    }
+    at_time = {
+        label: median(loss for loss in losses if loss is not None)
+        for label, losses in losses_then.items()
+        if None not in losses
+    }
     ordered = sorted(at_time, key=lambda label: at_time[label])
     losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
     yield (
@@ -117,6 +132,16 @@ def _verdict(task: str, runs: dict[str, TrainingRecord]) -> Iterator[str]:
         + (", or not evaluated yet" if len(at_time) < len(runs) else "")
         + ")."
     )
+
+
+def _machines(task: str, hardware: str, runs: Runs) -> Iterator[str]:
+    """Where seconds are not of one machine."""
+    known = {run.hardware for same in runs.values() for run in same if run.hardware}
+    if known and known != {hardware}:
+        yield (
+            f"{task}: trained on {', '.join(sorted(known))}, cells were measured on {hardware}: "
+            f"seconds of one are not those of another."
+        )
 
 
 def _edge(who: str, rates: list[float], best: TrainingRecord) -> Iterator[str]:
@@ -132,7 +157,7 @@ def _edge(who: str, rates: list[float], best: TrainingRecord) -> Iterator[str]:
 def _loss_at(run: TrainingRecord, seconds: float) -> float | None:
     """The held-out loss at a time, straight between evaluations; None before the first."""
     points = [(point.seconds, point.loss) for point in run.held_out]
-    if seconds < points[0][0]:
+    if not points or seconds < points[0][0]:
         return None
     for (a, before), (b, after) in pairwise(points):
         if a <= seconds <= b:

@@ -145,8 +145,10 @@ def _circumstances(results: Results) -> list[str]:
     train, launch = config.train, config.launch
     limit = settings.memory_gib_per_worker
     versions = ", ".join(f"{name} {value}" for name, value in results.versions.items())
-    seeds = ", ".join(map(str, settings.seeds or [config.run.seed]))
-    rates = f"learning rate {config.optim.learning_rate:g}, tuned for none"
+    runs = [run for task in results.tasks.values() for same in task.values() for run in same]
+    seeds = ", ".join(map(str, settings.seeds or sorted({run.seed for run in runs})))
+    own = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
+    rates = f"learning rate {own}, tuned for none"
     if settings.learning_rates:
         tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
         rates = f"learning rates {tried}, of which each mixer's best counts"
@@ -189,9 +191,12 @@ def _model_table(results: Results) -> list[str]:
     ]
     solved = f"Solved for {target:,} parameters by {results.settings.match}"
     if results.settings.match == "none":
-        solved = f"As configured, beside the first one's {target:,} parameters"
+        whose = "" if results.settings.parameters else "the first one's "
+        solved = f"As configured, beside {whose}{target:,} parameters"
+    elif results.config.model.mlp_ratio:
+        solved += "; the MLP takes up the rest"
     return [
-        f"{solved}; the MLP takes up the rest." if "Solved" in solved else f"{solved}.",
+        f"{solved}.",
         "",
         *table("mixer", ("width", "layers", "MLP", "parameters", "of the target"), rows),
     ]

@@ -87,12 +87,13 @@ class TrainingRecord:
     loss: list[float]
     held_out: list[Point]
     final: Json
+    hardware: str = ""  # that it ran on, where its starts tell
+    commit: str = ""  # of the code that it ran
 
     @property
     def final_loss(self) -> float:
         """Held out, after the last step, nats per token; infinite where it is no number."""
-        loss = self.final["loss"]
-        return loss if math.isfinite(loss) else math.inf
+        return finite(self.final["loss"])
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         raw = {**asdict(self), "cells": [cell.to_json() for cell in self.cells]}
-        write_whole(path, json.dumps(raw, indent=1) + "\n")
+        write_whole(path, json.dumps(_strict(raw), indent=1, allow_nan=False) + "\n")
 
     @property
     def lengths(self) -> list[int]:
@@ -161,6 +162,20 @@ class Results:
         costs = (record.cost for record in self.cells)
         peaks = (cost.peak_flops for cost in costs if isinstance(cost, TrainingCost))
         return next((peak for peak in peaks if peak), None)
+
+
+def finite(loss: float) -> float:
+    """A loss to be sorted: infinite where it is no number."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _strict(value: Any) -> Any:
+    """With null for numbers that JSON does not have: other readers refuse them."""
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Store:
@@ -244,6 +259,11 @@ def best_runs(runs: Sequence[TrainingRecord]) -> list[TrainingRecord]:
 
 
 def typical(runs: Sequence[TrainingRecord]) -> TrainingRecord:
-    """Of the runs at the best learning rate, the one in the middle."""
+    """Of the runs at the best learning rate, the one in the middle; of two there, the worse."""
     best = best_runs(runs)
-    return best[(len(best) - 1) // 2]
+    return best[len(best) // 2]
+
+
+def median_loss(runs: Sequence[TrainingRecord]) -> float:
+    """Of the seeds at the best learning rate."""
+    return median(run.final_loss for run in best_runs(runs))

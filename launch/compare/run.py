@@ -5,14 +5,12 @@ Each result is on disk before the next cell starts.
 
 import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from launch.compare.cells import CellGang, cell_gang
@@ -22,48 +20,42 @@ from launch.compare.measurements import MEASUREMENTS, Cost
 from launch.compare.results import (
     CellRecord,
     ModelFacts,
-    Point,
     Results,
-    Runs,
     Store,
-    TrainingRecord,
     Visit,
 )
 from launch.compare.schedule import Limits, visits
-from launch.compare.search import Search
-from launch.gang import LaunchError
+from launch.compare.trainings import Show, Train, train_all
 from models.flops import parameters, training_flops_per_token
 from trainer.config import Config
 from trainer.provenance import commit
-from trainer.run_folder import RunFolder, read_lines
-
-Show = Callable[[str], None]
 
 
 def run_comparison(
     comparison: Comparison,
     show: Show,
-    train: Callable[[Config], bool],
+    train: Train,
     should_stop: Callable[[], bool],
 ) -> Results | None:
     """Measure what is not measured yet; all results, which are written to results.json too.
 
-    `train` runs one training and returns whether it finished. None when it was asked to stop
-    before the end. Raises LaunchError.
+    None when it was asked to stop before the end. Raises LaunchError.
     """
     folder = Path(comparison.settings.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with cell_gang(comparison.config) as gang:
+    with cell_gang(comparison.config, should_stop) as gang:
+        if gang is None:
+            return None
         hardware = gang.hardware()
         bench = _Bench(comparison, gang, hardware, Store(folder / "measurements.json"))
         records = bench.measure_all(show, should_stop)
-    trained = None if records is None else _train_all(comparison, show, train, should_stop)
+    trained = None if records is None else train_all(comparison, show, train, should_stop)
     if records is None or trained is None:
         return None
     results = Results(
         hardware=hardware,
         versions={
-            "commit": " and ".join(sorted({record.commit for record in records})),
+            "commit": " and ".join(sorted({*(r.commit for r in records), *trained.commits()})),
             "torch": version("torch"),
             "python": platform.python_version(),
         },
@@ -161,61 +153,6 @@ def _worst(costs: list[Any]) -> Cost:
     return replace(costs[0], **{name: max(getattr(cost, name) for cost in costs) for name in names})
 
 
-@dataclass
-class _Trained:
-    """The finished trainings of all tasks; those that were lost, and why."""
-
-    tasks: dict[str, Runs] = field(default_factory=dict)
-    lost: dict[str, dict[str, str]] = field(default_factory=dict)
-    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
-
-
-class _Stopped(Exception):
-    """The comparison was asked to stop."""
-
-
-def _train_all(
-    comparison: Comparison,
-    show: Show,
-    train: Callable[[Config], bool],
-    should_stop: Callable[[], bool],
-) -> _Trained | None:
-    """Train what has no result yet; None when stopped."""
-    trained, settings = _Trained(), comparison.settings
-    for task, trainings in comparison.tasks.items():
-        lost = trained.lost[task] = {}
-
-        def attempt(label: str, config: Config, task: str = task, lost: Any = lost) -> float:
-            if not _result(config):
-                name = f"{label} at learning rate {config.optim.learning_rate:g}"
-                name += f", seed {config.run.seed}"
-                show(f"training {name} on {task}: {config.train.steps} steps")
-                try:
-                    if should_stop() or not train(config):
-                        raise _Stopped
-                except LaunchError as error:  # marked in the report, and tried again next time
-                    lost[name] = str(error).strip().splitlines()[-1]
-                    show(f"  failed: {error}")
-            return _curve(config).final_loss if _result(config) else math.inf
-
-        search = Search(trainings, attempt)
-        try:
-            search.run(settings.more_rates)
-            equal = search.in_equal_time(_pace) if settings.equal_time else {}
-        except _Stopped:
-            return None
-        trained.tasks[task] = {
-            label: curves
-            for label, configs in search.ran.items()
-            if (curves := [_curve(config) for config in configs if _result(config)])
-        }
-        trained.rates[task] = {label: sorted(tried) for label, tried in search.losses.items()}
-        finished = {label: config for label, config in equal.items() if _result(config)}
-        trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
-    return trained
-
-
 def _describe_models(comparison: Comparison) -> dict[str, ModelFacts]:
     lengths = comparison.settings.lengths
     return {
@@ -229,37 +166,3 @@ def _describe_models(comparison: Comparison) -> dict[str, ModelFacts]:
         )
         for label, model in comparison.models.items()
     }
-
-
-def _pace(config: Config) -> float:
-    """Seconds of a run's median step."""
-    return median(line["step_seconds"] for line in read_lines(RunFolder(config.run.dir).metrics))
-
-
-def _result(config: Config) -> dict[str, Any] | None:
-    return RunFolder(config.run.dir).read_result(config.train.steps)
-
-
-def _curve(config: Config) -> TrainingRecord:
-    """A finished training: the loss over tokens, and over time at the pace of its median step.
-
-    The pace, and not the sum, because trainings are hours apart on machines that others use too.
-    """
-    folder = RunFolder(config.run.dir)
-    metrics = read_lines(folder.metrics)
-    pace = _pace(config)
-    tokens = {line["step"]: line["tokens"] for line in metrics}
-    final = _result(config)
-    assert final is not None
-    return TrainingRecord(
-        learning_rate=config.optim.learning_rate,
-        seed=config.run.seed,
-        tokens=list(tokens.values()),
-        seconds=[pace * step for step in tokens],
-        loss=[line["loss"] for line in metrics],
-        held_out=[
-            Point(tokens[line["step"]], pace * line["step"], line["loss"])
-            for line in read_lines(folder.evaluations)
-        ],
-        final=final,
-    )

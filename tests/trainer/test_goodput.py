@@ -100,7 +100,7 @@ def test_steps_that_were_left_out_are_of_no_use_after_a_restart_either(tmp_path)
     folder = RunFolder(tmp_path)
     for line in lines:
         add_line(folder.metrics, {**line, "elapsed_seconds": 4.0})
-    goodput = Goodput(folder, Submission("second", time.time()), 3)
+    goodput = Goodput(folder, Submission("second", time.time()), 3, "a machine")
     assert goodput.count(0.0, 1)["goodput"] == pytest.approx(0.5, rel=0.01)
 
 
@@ -110,12 +110,12 @@ def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: clock[0])
     folder = RunFolder(tmp_path)
     first = Submission("first", 1000.0)
-    goodput = Goodput(folder, first, 0)
+    goodput = Goodput(folder, first, 0, "a machine")
     for step in range(1, 11):
         clock[0] += 1
         _steps(folder, goodput, range(step, step + 1), 1.0)
     clock[0] += 20  # killed, and back at step 6 with the 7th
-    again = Goodput(folder, first, 6)
+    again = Goodput(folder, first, 6, "a machine")
     truncate_after(folder.metrics, 6)
     _steps(folder, again, range(7, 8), 1.0)
     told = describe(folder)
@@ -129,7 +129,7 @@ def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
         "worst_recovery_seconds": 20,
     }
     clock[0] += DAY_SECONDS  # no machine was held
-    later = Goodput(folder, Submission("second", clock[0]), 7)
+    later = Goodput(folder, Submission("second", clock[0]), 7, "a machine")
     clock[0] += 1
     _steps(folder, later, range(8, 9), 1.0)
     told = describe(folder)

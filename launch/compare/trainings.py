@@ -1,0 +1,144 @@
+"""Train what the tasks of a comparison ask for, each run once; run again, it goes on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+from launch.compare.file import Comparison, Trainings
+from launch.compare.results import Point, Runs, TrainingRecord, finite
+from launch.compare.search import Search
+from launch.gang import LaunchError
+from trainer.config import Config
+from trainer.run_folder import RunFolder, read_lines
+
+Show = Callable[[str], None]
+Train = Callable[[Config], bool]  # one training; whether it finished, and was not stopped
+
+
+@dataclass
+class Trained:
+    """The finished trainings of all tasks; those that were lost, and why."""
+
+    tasks: dict[str, Runs] = field(default_factory=dict)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    in_equal_time: dict[str, dict[str, TrainingRecord]] = field(default_factory=dict)
+
+    def commits(self) -> set[str]:
+        """Of the code that trained."""
+        runs = (run for task in self.tasks.values() for same in task.values() for run in same)
+        return {run.commit for run in runs if run.commit}
+
+
+class _Stopped(Exception):
+    """The comparison was asked to stop."""
+
+
+def train_all(
+    comparison: Comparison, show: Show, train: Train, should_stop: Callable[[], bool]
+) -> Trained | None:
+    """Train what has no result yet; None when stopped."""
+    trained, settings = Trained(), comparison.settings
+    for task, trainings in comparison.tasks.items():
+        attempt = _Attempt(task, comparison.tasks[task], show, train, should_stop)
+        search = Search(trainings, attempt)
+        try:
+            search.run(settings.more_rates)
+            equal = search.in_equal_time(_pace) if settings.equal_time else {}
+        except _Stopped:
+            return None
+        trained.lost[task] = attempt.lost
+        trained.tasks[task] = {
+            label: curves
+            for label, configs in search.ran.items()
+            if (curves := [_curve(config) for config in configs if _finished(config)])
+        }
+        trained.rates[task] = {label: sorted(tried) for label, tried in search.losses.items()}
+        finished = {label: config for label, config in equal.items() if _finished(config)}
+        trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
+    return trained
+
+
+@dataclass
+class _Attempt:
+    """Trains a run of one task, if it has no result yet, and says what was held out at its end."""
+
+    task: str
+    trainings: dict[str, Trainings]
+    show: Show
+    train: Train
+    should_stop: Callable[[], bool]
+    lost: dict[str, str] = field(default_factory=dict)  # training -> why
+
+    def __call__(self, label: str, config: Config) -> float:
+        if not _finished(config):
+            steps = config.train.steps
+            name = f"{label} at learning rate {config.optim.learning_rate:g}"
+            name += f", seed {config.run.seed}"
+            self.show(f"training {name} on {self.task}: {steps} steps")
+            if steps != self.trainings[label].config.train.steps:
+                name += f", {steps} steps"  # in equal time
+            try:
+                if self.should_stop() or not self.train(config):
+                    raise _Stopped
+                if not _finished(config):
+                    raise LaunchError(_unfinished(config))
+            except LaunchError as error:  # marked in the report, and tried again next time
+                self.lost[name] = str(error).strip().splitlines()[-1]
+                self.show(f"  failed: {error}")
+        return _curve(config).final_loss if _finished(config) else math.inf
+
+
+def _pace(config: Config) -> float:
+    """Seconds of a run's median step."""
+    return median(line["step_seconds"] for line in read_lines(RunFolder(config.run.dir).metrics))
+
+
+def _finished(config: Config) -> bool:
+    """Whether a run's folder has all that a comparison reads."""
+    folder = RunFolder(config.run.dir)
+    has_result = folder.read_result(config.train.steps) is not None
+    return has_result and bool(read_lines(folder.metrics)) and bool(read_lines(folder.evaluations))
+
+
+def _unfinished(config: Config) -> str:
+    """Of a run that is at its end, and whose metrics are not in its folder."""
+    run, remote = config.run.dir, config.checkpoint.remote
+    kept = f" and {remote}" if remote else ""
+    return (
+        f"{run} has no metrics or evaluations of a run that is at its end, as after a machine was "
+        f"lost: remove {run}{kept} to train it again"
+    )
+
+
+def _curve(config: Config) -> TrainingRecord:
+    """A finished training: the loss over tokens, and over time at the pace of its median step.
+
+    The pace, and not the sum, because trainings are hours apart on machines that others use too.
+    """
+    folder = RunFolder(config.run.dir)
+    metrics, starts = read_lines(folder.metrics), read_lines(folder.starts)
+    pace = _pace(config)
+    final = folder.read_result(config.train.steps)
+    assert final is not None
+
+    def tokens(step: int) -> int:
+        """Of the last line up to that step: one may have been lost with its machine."""
+        known = [line["tokens"] for line in metrics if line["step"] <= step]
+        return known[-1] if known else 0
+
+    return TrainingRecord(
+        learning_rate=config.optim.learning_rate,
+        seed=config.run.seed,
+        tokens=[line["tokens"] for line in metrics],
+        seconds=[pace * line["step"] for line in metrics],
+        loss=[line["loss"] for line in metrics],
+        held_out=[
+            Point(tokens(line["step"]), pace * line["step"], finite(line["loss"]))
+            for line in read_lines(folder.evaluations)
+        ],
+        final=final,
+        hardware=" and ".join(sorted({start.get("hardware", "") for start in starts} - {""})),
+        commit=" and ".join(sorted({start.get("commit", "") for start in starts} - {""})),
+    )
