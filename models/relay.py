@@ -16,6 +16,8 @@ from models.segment import check_segment
 
 State = tuple[Tensor, ...]  # each [B, H]
 
+MOST_STEPS = 32_768  # of a call: cuDNN fails from 65,536 on (pytorch issue 133751)
+
 
 class Cell(Protocol):
     """A recurrence with weights of its own, as torch.nn.GRU is one."""
@@ -75,7 +77,7 @@ def relay(cell: Cell, u: Tensor, carry: State, reset: Tensor | None) -> tuple[Te
     """The cell over u [B, T, D] on one device, cleared before steps that reset [B, T] marks."""
     check_segment(u, reset)
     state, outputs = entering(carry, u), []
-    for piece in cut(reset, u.shape[1], u.shape[1]):
+    for piece in cut(reset, u.shape[1], MOST_STEPS):
         y, state = cell.run(piece.of(u), piece.clear(state))
         outputs.append(y)
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], state

@@ -5,6 +5,7 @@ in order (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). The p
 torch's scaled_dot_product_attention, so no [T, T] matrix exists where its kernels avoid one.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from models.attention_pieces import attend_pieces
 from models.cache import DECODED_KEYS, Cache, for_gradients, longer, with_tokens
@@ -42,8 +44,13 @@ def rotate(x: Tensor, first: int, base: float) -> Tensor:
 def _angles(
     count: int, first: int, half: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, d / 2], in fp32 or wider; made in fp64, or they blur at 1M positions."""
-    with torch.inference_mode(False), torch.no_grad():
+    """cos and sin [T, 1, d / 2], in fp32 or wider; made in fp64, or they blur at 1M positions.
+
+    Out of sight of whoever records operators, as activation checkpointing does: a block that is run
+    again may have to make what it found here at first.
+    """
+    unseen = nullcontext() if torch.compiler.is_compiling() else _disable_current_modes()
+    with unseen, torch.inference_mode(False), torch.no_grad():
         positions = torch.arange(first, first + count, dtype=torch.float64, device=device)
         exponents = torch.arange(half, dtype=torch.float64, device=device) / half
         angles = (positions[:, None] * base**-exponents).unsqueeze(1)

@@ -224,6 +224,7 @@ HYBRID = ("model.mixer=[mingru,window]", "model.window=10")
 ATTENTION = ("model.mixer=[attention,minlstm]", "model.width=24", "model.heads=12")
 CUT = "train.segment_len=78"  # of 192 tokens: the last has 36
 SHORT = ("train.steps=3",)
+KEPT_AND_RECOMPUTED = ("train.keep_segments=9", "train.recompute=true")
 # name -> what makes the model, and how it is streamed
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{f"zero {n}": (HYBRID, (CUT, f"deepspeed.zero_stage={n}")) for n in range(4)},
@@ -232,6 +233,10 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kept at zero 2": (HYBRID, (CUT, "train.keep_segments=2", "deepspeed.zero_stage=2")),
     "recomputed": (HYBRID, (CUT, "train.recompute=true", "deepspeed.zero_stage=3")),
     "attention": (ATTENTION, (CUT,)),
+    "kept and recomputed": (
+        (*ATTENTION, "model.layers=4"),
+        ("train.segment_len=30", *KEPT_AND_RECOMPUTED),
+    ),
     "gru": (("model.mixer=gru",), (CUT,)),
     "mamba": (("model.mixer=mamba",), (CUT, "deepspeed.zero_stage=2")),
     "s4d": (("model.mixer=s4d",), (CUT,)),

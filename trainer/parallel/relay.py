@@ -57,10 +57,10 @@ class RelayExchange:
         for number in range(1, group.size + 1):
             gathered = group.all_gather(mine.report())
             given = [each[: fixed.numel()].view(fixed.shape).to(fixed.dtype) for each in gathered]
-            rerun, residual, scales = gathered[:, fixed.numel() :].unbind(1)
+            rerun, residual = gathered[:, fixed.numel() :].unbind(1)
             group.relays.add(number, int(rerun.max()), float(residual.max()))
             arriving = [fixed if rank == first else given[rank - step] for rank in ranks]
-            off = [mine.distance(arriving[r], used[r], float(scales[r])) for r in ranks]
+            off = [mine.distance(arriving[r], used[r]) for r in ranks]
             wrong = [not distance <= mine.tolerance for distance in off]
             passed = max((d for d, w in zip(off, wrong, strict=True) if not w), default=0.0)
             self.group.relays.add(number, 0, passed)
@@ -88,7 +88,7 @@ class _Track:
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance  # of `distance`
-        self.rerun_tokens, self.residual, self.scale = 0, 0.0, 0.0
+        self.rerun_tokens, self.residual = 0, 0.0
 
     def run(self, arriving: Tensor) -> None:
         """All of it, from what arrives."""
@@ -98,8 +98,8 @@ class _Track:
         """As much as changes, now that another one arrives."""
         raise NotImplementedError
 
-    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
-        """How far apart two are that could arrive, at a rank of that scale."""
+    def distance(self, one: Tensor, other: Tensor) -> float:
+        """How far from the one that arrives another is that was used."""
         raise NotImplementedError
 
     def given(self) -> Tensor:
@@ -110,8 +110,8 @@ class _Track:
         """What all ranks are told, as one row."""
         given = self.given().flatten()
         wide = torch.promote_types(given.dtype, torch.float32)
-        figures = torch.tensor([self.rerun_tokens, self.residual, self.scale])
-        return torch.cat([given.to(wide), figures.to(given.device, wide)])
+        figures = torch.tensor([self.rerun_tokens, self.residual], dtype=wide)
+        return torch.cat([given.to(wide), figures.to(given.device)])
 
 
 class _States(_Track):
@@ -138,7 +138,7 @@ class _States(_Track):
         for number, piece in enumerate(self.of.pieces):
             state = piece.clear(state)
             kept = self.entered[number]
-            distance = self.distance(torch.stack(state), torch.stack(kept), 1.0)
+            distance = self.distance(torch.stack(state), torch.stack(kept))
             if distance <= self.tolerance:
                 self.residual = max(self.residual, distance)
                 return
@@ -147,7 +147,7 @@ class _States(_Track):
             self.rerun_tokens += piece.end - piece.begin
         self.left = state
 
-    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
+    def distance(self, one: Tensor, other: Tensor) -> float:
         return 0.0 if torch.equal(one, other) else _largest(one - other)
 
     def given(self) -> Tensor:
@@ -158,7 +158,9 @@ class _Flow(_Track):
     """Backward: the gradients of inputs and weights, and the flow from right to left.
 
     The flow is linear in what arrives from the right. When another gradient arrives, the difference
-    alone is carried on, until it is below a rounding of the largest flow of the shard.
+    alone is carried on, until in every row it is below a rounding of the flow at the same place:
+    what grows from there on grows alike in both. Where a row has no flow of its own, a rounding of
+    a rounding of its largest flow anywhere in the shard ends it.
     """
 
     def __init__(self, run: _Run, u: Tensor, entered: list[State], grad_y: Tensor) -> None:
@@ -169,24 +171,28 @@ class _Flow(_Track):
         self.learning = [w for w in run.cell.weights() if w.requires_grad]
         self.grad_weights = [torch.zeros_like(w, dtype=wide) for w in self.learning]
         self.used, self.left = torch.empty(0), torch.empty(0)
+        # by piece and row [pieces, B]: the most that has come into it from the right
+        self.sizes = torch.zeros(len(run.pieces), u.shape[0], dtype=wide, device=u.device)
 
     def run(self, arriving: Tensor) -> None:
         flow = tuple(arriving)
-        self.scale = _largest(arriving)
         for number in reversed(range(len(self.of.pieces))):
-            piece = self.of.pieces[number]
-            flow = self._back(number, flow, piece.of(self.grad_y))
-            self.scale = max(self.scale, _largest(torch.stack(flow)))
+            self.sizes[number] = _by_row(torch.stack(flow))
+            flow = self._back(number, flow, self.of.pieces[number].of(self.grad_y))
         self.used, self.left = arriving, torch.stack(flow)
 
     def rerun(self, arriving: Tensor) -> None:
         flow = tuple(arriving - self.used)
         self.used = arriving
-        scale = max(self.scale, _largest(arriving))
+        largest = torch.maximum(self.sizes.amax(0), _by_row(arriving))
         for number in reversed(range(len(self.of.pieces))):
-            if (largest := _largest(torch.stack(flow))) <= self.tolerance * scale:
-                self.residual = max(self.residual, largest / scale if scale else 0.0)
+            size = _by_row(torch.stack(flow))
+            here = torch.maximum(self.sizes[number], self.tolerance * largest)
+            share = float(_share(size, here).max())
+            if share <= self.tolerance:
+                self.residual = max(self.residual, share)
                 return
+            self.sizes[number] += size
             piece = self.of.pieces[number]
             flow = self._back(number, flow, None)
             self.rerun_tokens += piece.end - piece.begin
@@ -207,10 +213,9 @@ class _Flow(_Track):
             total.add_(grad)
         return piece.clear(found[1 : 1 + len(state)])
 
-    def distance(self, one: Tensor, other: Tensor, scale: float) -> float:
-        """As a share of the largest flow there."""
-        largest = _largest(one - other)
-        return largest / max(scale, _largest(one)) if largest else 0.0
+    def distance(self, one: Tensor, other: Tensor) -> float:
+        """As a share of what arrives, in the row where that is most."""
+        return float(_share(_by_row(one - other), _by_row(one)).max())
 
     def given(self) -> Tensor:
         return self.left
@@ -243,6 +248,16 @@ class _Relay(torch.autograd.Function):
         weights = run.cell.weights()
         of_weights = [next(found).to(w.dtype) if w.requires_grad else None for w in weights]
         return None, None, flow.grad_u, *given[0], *of_weights
+
+
+def _by_row(flow: Tensor) -> Tensor:
+    """The largest of each row's numbers: [B] of [states, B, H]."""
+    return flow.abs().amax(dim=(0, 2))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Of each row; 0 where there is no part, infinite or no number where either is."""
+    return torch.where(part == 0, 0.0, part / whole)
 
 
 def _largest(x: Tensor) -> float:

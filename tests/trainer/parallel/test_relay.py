@@ -166,6 +166,57 @@ def test_it_runs_again_only_until_states_fall_together(name):
     assert 0 < near.residual <= 1e-3
 
 
+def _grow(hidden_weight: float, shard: int) -> Tensor:
+    """The gradient of h0 of a GRU at rest, where it grows by 1/2 + weight/4 at every step back.
+
+    The loss is of the last step of the first rank and the first of the second.
+    """
+    layer = GRU(1, 1)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        layer.get_parameter("weight_hh_l0")[2] = hidden_weight
+    h0 = torch.zeros(1, 1, requires_grad=True)
+    with _group() as group:
+        y, _ = RelayExchange(group).relay(layer, torch.zeros(1, shard, 1), (h0,), None)
+        asked = y[:, -1] if group.rank == 0 else y[:, 0]
+        return torch.autograd.grad(asked.sum(), h0)[0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "growth", "shard"), [(10, 3, 16), (2.2, 1.05, 2 * PIECE_TOKENS)]
+)
+def test_a_small_gradient_that_grows_on_its_way_is_not_dropped(weight, growth, shard):
+    """It arrives as a rounding of what the shard's own has grown to, and will grow alike."""
+    for got in run_distributed(_grow, 2, float(weight), shard):
+        want = float(growth) ** shard + float(growth) ** (shard + 1)
+        assert float(got) == pytest.approx(want, rel=1e-4)
+
+
+def _ask_at_the_end(name: str) -> int:
+    """Tokens run again where the last rank alone has a loss; gradients are as of the whole."""
+    shard = 16 * PIECE_TOKENS
+    layer = _layer(name, 12.0, torch.float32)
+    with _group() as group:
+        u, carry = _leaves(layer, shard * group.size)
+        mine = slice(group.rank * shard, (group.rank + 1) * shard)
+        whole, _ = relay(layer, u, carry, None)
+        want = torch.autograd.grad(whole[:, -4:].square().sum(), u)[0][:, mine]
+        exchange, local = RelayExchange(group), u.detach()[:, mine].clone().requires_grad_()
+        y, _ = exchange.relay(layer, local, carry, None)
+        group.relays.take()
+        asked = y[:, -4:].square().sum() * (group.rank == group.size - 1)
+        got = torch.autograd.grad(asked, local)[0]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        return group.relays.take().rerun_tokens
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_that_fades_is_not_carried_for_ever(name):
+    for tokens in run_distributed(_ask_at_the_end, 3, name):
+        assert tokens < 8 * PIECE_TOKENS
+
+
 def _believe(name: str) -> RelayMeter:
     """With a tolerance so large that no guess is wrong."""
     with _group() as group:
@@ -215,6 +266,23 @@ def _once(exchange: RelayExchange, mine, fixed: Tensor, first: int) -> list[Tens
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_guess_that_is_believed_would_be_seen(name):
     run_distributed(_planted, 2, name, fresh=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_device_too_calls_its_kernel_for_so_many_steps_at_most(name, monkeypatch):
+    """cuDNN fails at longer calls; in parts it is the same."""
+    layer = _layer(name, 12.0)
+    u, carry = _leaves(layer, 40)
+    whole, last = relay(layer, u, carry, None)
+    monkeypatch.setattr("models.relay.MOST_STEPS", 7)
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        layer, "run", lambda u, s: (lengths.append(u.shape[1]), type(layer).run(layer, u, s))[1]
+    )
+    parts, last_of_parts = relay(layer, u, carry, None)
+    assert max(lengths) == 7
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(last_of_parts, last, rtol=1e-10, atol=1e-11)
 
 
 def test_pieces_begin_at_resets_and_at_the_same_places():
