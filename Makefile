@@ -60,10 +60,10 @@ paper-data: setup
 rl-data: setup
 	$(RUN) -m data_prep.trajectories Hopper-v5 --out data/paper/hopper
 
-# What configs/recall trains on, 256 to 65,536 tokens: 0.3 GB, made in a minute or two.
+# What configs/recall trains on, 256 to 65,536 tokens, each sequence twice: 0.8 GB, made in some minutes.
 recall-data: setup
 	for length in 256 1024 4096 16384 65536; do \
-		count=$$((16777216 / length)); \
+		count=$$((16777216 / length > 2048 ? 16777216 / length : 2048)); \
 		$(TASK) mqar --alphabet 32 --out data/recall/mqar-$$length --length $$length --tokens 16 \
 			--train $$count --held-out 64 && \
 		$(TASK) needle --out data/recall/needle-$$length --length $$length --tokens 2 --train $$count \

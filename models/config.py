@@ -27,9 +27,11 @@ class ModelConfig:
     observation_width: int = not_negative(0, most=WIDEST)
     action_width: int = not_negative(0, most=WIDEST)
     expansion: float = positive(1.0, most=WIDEST)  # H = expansion * D, the state's width
-    # taps of the causal convolution before the recurrence, 2 or more; 0 turns it off
+    # taps of the causal convolution before the recurrence, 2 or more; 0 turns it off, but mamba's,
+    # which then has 4
     conv_width: int = not_negative(4)
-    gate: bool = True  # multiply the state by SiLU of a second projection
+    # multiply the state by SiLU of a second projection; mamba always does
+    gate: bool = True
     mlp_ratio: float = not_negative(8 / 3, most=WIDEST)  # SwiGLU's hidden width over D; 0: no MLP
     normalize_gates: bool = True  # minLSTM: f / (f + i), the paper's length-independent form
     # longest mean memory, in tokens, at initialisation; weights in bf16 have it to 6 %

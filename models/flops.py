@@ -52,7 +52,8 @@ def mixing_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """What moves along the sequence in one forward pass, the mean over `seq_len` tokens.
 
     Attention counts the tokens that a query may see and no others, whatever a kernel computes
-    besides; a recurrence its gates, state and convolution.
+    besides, but where documents end (`data.reset_state`) it does not know; a recurrence its gates,
+    state and convolution.
     """
     tokens = config.tokens_of_input
     mixers = (MIXERS[name] for name in config.layer_mixers())

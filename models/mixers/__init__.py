@@ -47,11 +47,15 @@ class Entry:
 class Recurrent(Entry):
     """A recurrence behind a causal convolution."""
 
+    def taps(self, config: ModelConfig) -> int:
+        """Of the convolution."""
+        return config.conv_width
+
     def halo(self, config: ModelConfig) -> int:
-        return max(0, config.conv_width - 1)
+        return max(0, self.taps(config) - 1)
 
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> float:
-        return super().mixing_flops(config, seq_len) + 2 * config.conv_width * config.width
+        return super().mixing_flops(config, seq_len) + 2 * self.taps(config) * config.width
 
 
 class Softmax(Entry):
@@ -115,16 +119,25 @@ class StateSpace(Recurrent):
 
     flops_per_state: float = 0.0  # of each channel and token
     states: int = 16  # where the configuration does not say
-    conv_over: str = "width"  # the size of the model that the convolution has
 
     def mixing_flops(self, config: ModelConfig, seq_len: int) -> float:
-        states = config.state_size or self.states
-        conv = 2 * config.conv_width * getattr(config, self.conv_over)
-        per_channel = self.mixing_flops_per_channel + self.flops_per_state * states
-        return per_channel * config.state_width + conv
+        states = self.flops_per_state * (config.state_size or self.states)
+        return super().mixing_flops(config, seq_len) + states * config.state_width
+
+
+class Selective(StateSpace):
+    """Whose convolution is its own, over the state's channels."""
+
+    def taps(self, config: ModelConfig) -> int:
+        return config.conv_width or MAMBA_TAPS
+
+    def mixing_flops(self, config: ModelConfig, seq_len: int) -> float:
+        conv = 2 * self.taps(config) * (config.state_width - config.width)
+        return super().mixing_flops(config, seq_len) + conv
 
 
 MAMBA_STATES, S4D_STATES = 16, 32  # as published; S4D's are complex and stand for twice as many
+MAMBA_TAPS = 4  # as published
 
 MIXERS: dict[str, Entry] = {
     "mingru": Recurrent("models.mixers.mingru:MinGRUMixer", 12),
@@ -134,7 +147,7 @@ MIXERS: dict[str, Entry] = {
     "gru_loop": Recurrent("models.mixers.gru:LoopedGRUMixer", 14),
     "lstm_loop": Recurrent("models.mixers.lstm:LoopedLSTMMixer", 17),
     "s4d": StateSpace("models.mixers.s4d:S4DMixer", 2, 12, S4D_STATES),
-    "mamba": StateSpace("models.mixers.mamba:MambaMixer", 8, 8, MAMBA_STATES, "state_width"),
+    "mamba": Selective("models.mixers.mamba:MambaMixer", 8, 8, MAMBA_STATES),
     "attention": Softmax("models.mixers.attention:AttentionMixer"),
     "window": Window("models.mixers.window:WindowMixer"),
 }

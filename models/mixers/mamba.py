@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.layers import CausalConv, Linear
 from models.mixer import Carry, SequenceMixer
-from models.mixers import MAMBA_STATES
+from models.mixers import MAMBA_STATES, MAMBA_TAPS
 from models.scan.recurrences.mamba import Mamba
 
 LARGEST_STEP = 0.1  # of a channel's dt at initialisation, as published
@@ -16,9 +16,10 @@ LARGEST_STEP = 0.1  # of a channel's dt at initialisation, as published
 class MambaMixer(SequenceMixer):
     """y = W_out ((scan(u) + skip * u) * silu(z)), u = silu(conv(x')), [x' | z] = W_in x.
 
-    The published block, with H = expansion * D channels of `state_size` states each; without
-    `gate` there is no z. Channels' step sizes start evenly in log from 1 / memory_tokens to 0.1,
-    where the authors draw them from 1e-3 to 0.1.
+    The published block, with H = expansion * D channels of `state_size` states each: its gate z and
+    a convolution are part of it, whatever other recurrences go without (`gate`, and `conv_width` 0,
+    where it has MAMBA_TAPS). Channels' step sizes start evenly in log from 1 / memory_tokens to
+    0.1, where the authors draw them from 1e-3 to 0.1.
     Source: Gu & Dao 2023 (arXiv:2312.00752), sections 3.4 and 3.6, and the authors' `Mamba` module.
     """
 
@@ -26,11 +27,11 @@ class MambaMixer(SequenceMixer):
         super().__init__()
         width, self.state_width = config.width, config.state_width
         self.memory_tokens, self.states = config.memory_tokens, config.state_size or MAMBA_STATES
-        self.halo_width, self.rank = max(0, config.conv_width - 1), -(-width // 16)
+        taps = config.conv_width or MAMBA_TAPS
+        self.halo_width, self.rank = taps - 1, -(-width // 16)
         self.recurrence = Mamba()
-        self.gated = config.gate
-        self.into = Linear(width, (2 if config.gate else 1) * self.state_width)
-        self.conv = CausalConv(self.state_width, config.conv_width) if config.conv_width else None
+        self.into = Linear(width, 2 * self.state_width)
+        self.conv = CausalConv(self.state_width, taps)
         self.select = Linear(self.state_width, self.rank + 2 * self.states)
         self.step = Linear(self.rank, self.state_width, scale=3**-0.5)
         self.step_bias = nn.Parameter(torch.empty(self.state_width))
@@ -54,7 +55,7 @@ class MambaMixer(SequenceMixer):
         nn.init.ones_(self.skip)
 
     def init_carry(self, batch_size: int, device: torch.device) -> Carry:
-        """(state [B, H, N] fp32, the convolution's halo [B, conv_width - 1, H])."""
+        """(state [B, H, N] fp32, the convolution's halo [B, taps - 1, H])."""
         state = torch.zeros(batch_size, self.state_width, self.states, device=device)
         halo = torch.zeros(batch_size, self.halo_width, self.state_width, device=device)
         return state, halo
@@ -68,17 +69,13 @@ class MambaMixer(SequenceMixer):
         last: bool = False,
     ) -> tuple[Tensor, Carry]:
         state, tail = carry or self.init_carry(x.shape[0], x.device)
-        u, *z = self.into(x).split(self.state_width, dim=-1)
-        if self.conv is not None:
-            extended, tail = self.ops.halo(u, self.halo_width, tail, reset, last)
-            u = self.conv(extended, reset)
-        u = F.silu(u)
+        u, z = self.into(x).chunk(2, dim=-1)
+        extended, tail = self.ops.halo(u, self.halo_width, tail, reset, last)
+        u = F.silu(self.conv(extended, reset))
         low_rank, b, c = self.select(u).split([self.rank, self.states, self.states], dim=-1)
         rate = -torch.exp(self.log_rate.to(torch.promote_types(x.dtype, torch.float32)))
         step, b, c = (each.to(u.dtype) for each in (self.step(low_rank), b, c))  # autocast's
         inputs = (u, step, b, c, rate, self.step_bias.to(rate.dtype))
         y, state = self.ops.scan(self.recurrence, inputs, state, reset)
-        y = torch.addcmul(y, self.skip, u)
-        if z:
-            y = y * F.silu(z[0])
+        y = torch.addcmul(y, self.skip, u) * F.silu(z)
         return self.out(y), (state, tail)

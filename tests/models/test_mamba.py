@@ -5,7 +5,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from models.config import ModelConfig
-from models.flops import parameters
+from models.flops import parameters, training_flops_per_token
 from models.lm import LanguageModel
 
 
@@ -46,6 +46,21 @@ def copy_weights(mamba: MambaForCausalLM, model: LanguageModel) -> None:
             (mixer.out.weight, block.out_proj.weight),
         ):
             target.copy_(source)
+
+
+def test_its_gate_and_convolution_stay_where_other_recurrences_have_none():
+    """Or a comparison at `gate: false` would not be with Mamba."""
+    published = ModelConfig(mixer="mamba", layers=1, width=32)
+    bare = ModelConfig(mixer="mamba", layers=1, width=32, gate=False, conv_width=0)
+    with torch.device("meta"):
+        shapes = [
+            [(name, tuple(p.shape)) for name, p in LanguageModel(config).named_parameters()]
+            for config in (published, bare)
+        ]
+    assert shapes[0] == shapes[1]
+    assert published.halo_width == bare.halo_width == 3
+    for figures in (parameters, lambda config: training_flops_per_token(config, 64)):
+        assert figures(published) == figures(bare)
 
 
 @pytest.mark.parametrize("changes", [{}, {"state_size": 5, "tie_embeddings": True}], ids=str)
