@@ -58,6 +58,8 @@ class CompareConfig:
     seeds: list[int] = not_negative([])  # the others at the best rate alone; empty: run.seed
     # slower mixers are trained once more, in as many steps as take the fastest one's time
     equal_time: bool = False
+    # trainings side by side, where there is room; their times are then of machines so shared
+    at_once: int = positive(1, most=1000)
     baselines: list[str] = field(default_factory=lambda: ["attention"])  # the others' figures over
     # To stand beside ours: task -> mixer or another's name -> held-out loss, nats per token.
     published: dict[str, dict[str, float]] = field(default_factory=dict)

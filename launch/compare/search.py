@@ -1,6 +1,6 @@
 """Which trainings a task takes: learning rates until the best lies among others, then seeds.
 
-Pure: `attempt` trains, and says what was held out at the end.
+Pure: `attempt` trains some runs, in whatever order, and says what each held out at its end.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from launch.compare.file import Trainings
 from trainer.config import Config
 
-# (mixer, run) -> held-out loss, infinite where the run was lost
-Attempt = Callable[[str, Config], float]
+# of each (mixer, run) the held-out loss, infinite where the run was lost
+Attempt = Callable[[list[tuple[str, Config]]], list[float]]
 Pace = Callable[[Config], float]  # a finished run -> seconds of a step
 
 
@@ -26,19 +26,15 @@ class Search:
 
     def run(self, more_rates: int) -> None:
         """All rates with one seed, more where the best is at an edge; other seeds at the best."""
-        for rates in zip(*(each.rates for each in self.trainings.values()), strict=True):
-            for label, rate in zip(self.trainings, rates, strict=True):
-                self._try(label, rate)
+        each = self.trainings
+        rates = zip(*(mixer.rates for mixer in each.values()), strict=True)
+        self._try([pair for of_all in rates for pair in zip(each, of_all, strict=True)])
         for _ in range(more_rates):
-            for label, tried in self.losses.items():
-                if (rate := beyond(tried)) is not None:
-                    self._try(label, rate)
-        seeds = [each.seeds[1:] for each in self.trainings.values()]
-        for others in zip(*seeds, strict=True):
-            for label, seed in zip(self.trainings, others, strict=True):
-                config = self.trainings[label].at(self.best(label), seed)
-                self.ran[label].append(config)
-                self.attempt(label, config)
+            further = {label: beyond(tried) for label, tried in self.losses.items()}
+            self._try([(label, rate) for label, rate in further.items() if rate is not None])
+        seeds = zip(*(mixer.seeds[1:] for mixer in each.values()), strict=True)
+        others = [pair for of_all in seeds for pair in zip(each, of_all, strict=True)]
+        self._train([(label, each[label].at(self.best(label), seed)) for label, seed in others])
 
     def best(self, label: str) -> float:
         """The learning rate that did best with the first seed."""
@@ -54,19 +50,28 @@ class Search:
         }
         seconds = {label: pace(config) * config.train.steps for label, config in finished.items()}
         least = min(seconds.values(), default=0.0)
+        shorter = {}
         for label, config in finished.items():
             steps = int(config.train.steps * least / seconds[label])
             if steps < config.train.steps:
                 each = self.trainings[label]
-                finished[label] = each.at(self.best(label), each.seeds[0], max(1, steps))
-                self.attempt(label, finished[label])
-        return finished
+                shorter[label] = each.at(self.best(label), each.seeds[0], max(1, steps))
+        self.attempt(list(shorter.items()))
+        return finished | shorter
 
-    def _try(self, label: str, rate: float) -> None:
-        each = self.trainings[label]
-        config = each.at(rate, each.seeds[0])
-        self.ran.setdefault(label, []).append(config)
-        self.losses.setdefault(label, {})[rate] = self.attempt(label, config)
+    def _try(self, pairs: list[tuple[str, float]]) -> None:
+        """Mixers at rates."""
+        runs = [
+            (label, self.trainings[label].at(rate, self.trainings[label].seeds[0]))
+            for label, rate in pairs
+        ]
+        for (label, rate), loss in zip(pairs, self._train(runs), strict=True):
+            self.losses.setdefault(label, {})[rate] = loss
+
+    def _train(self, runs: list[tuple[str, Config]]) -> list[float]:
+        for label, config in runs:
+            self.ran.setdefault(label, []).append(config)
+        return self.attempt(runs)
 
 
 def beyond(tried: dict[float, float]) -> float | None:

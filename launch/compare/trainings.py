@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
-from launch.compare.file import Comparison, Trainings
+from launch.compare.file import Comparison
 from launch.compare.results import Point, Runs, TrainingRecord, finite
 from launch.compare.search import Search
 from launch.gang import LaunchError
@@ -41,7 +43,7 @@ def train_all(
     """Train what has no result yet; None when stopped."""
     trained, settings = Trained(), comparison.settings
     for task, trainings in comparison.tasks.items():
-        attempt = _Attempt(task, comparison.tasks[task], show, train, should_stop)
+        attempt = _Attempt(task, comparison, show, train, should_stop)
         search = Search(trainings, attempt)
         try:
             search.run(settings.more_rates)
@@ -62,32 +64,49 @@ def train_all(
 
 @dataclass
 class _Attempt:
-    """Trains a run of one task, if it has no result yet, and says what was held out at its end."""
+    """Trains runs of one task that have no result yet, and says what each held out at its end."""
 
     task: str
-    trainings: dict[str, Trainings]
+    comparison: Comparison
     show: Show
     train: Train
     should_stop: Callable[[], bool]
     lost: dict[str, str] = field(default_factory=dict)  # training -> why
 
-    def __call__(self, label: str, config: Config) -> float:
+    def __call__(self, runs: list[tuple[str, Config]]) -> list[float]:
+        pool, waits = ThreadPoolExecutor(self.comparison.settings.at_once), True
+        try:
+            begun = [pool.submit(self._run, label, config) for label, config in runs]
+            return [each.result() for each in begun]
+        except KeyboardInterrupt:  # at once: whoever has the trainings ends them
+            waits = False
+            raise
+        finally:
+            pool.shutdown(waits, cancel_futures=True)
+
+    def _run(self, label: str, config: Config) -> float:
+        """One of them. Raises _Stopped."""
         if not _finished(config):
-            steps = config.train.steps
-            name = f"{label} at learning rate {config.optim.learning_rate:g}"
-            name += f", seed {config.run.seed}"
-            self.show(f"training {name} on {self.task}: {steps} steps")
-            if steps != self.trainings[label].config.train.steps:
-                name += f", {steps} steps"  # in equal time
+            if self.should_stop():
+                raise _Stopped
+            name = self._name(label, config)
+            folder = Path(config.run.dir).name
+            self.show(f"training {name} on {self.task}: {config.train.steps} steps, in {folder}")
             try:
-                if self.should_stop() or not self.train(config):
+                if not self.train(config):
                     raise _Stopped
                 if not _finished(config):
                     raise LaunchError(_unfinished(config))
             except LaunchError as error:  # marked in the report, and tried again next time
                 self.lost[name] = str(error).strip().splitlines()[-1]
-                self.show(f"  failed: {error}")
+                self.show(f"  {folder} failed: {error}")
         return _curve(config).final_loss if _finished(config) else math.inf
+
+    def _name(self, label: str, config: Config) -> str:
+        name = f"{label} at learning rate {config.optim.learning_rate:g}, seed {config.run.seed}"
+        steps = config.train.steps
+        whole = self.comparison.tasks[self.task][label].config.train.steps
+        return name if steps == whole else f"{name}, {steps} steps"  # in equal time
 
 
 def _pace(config: Config) -> float:

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from launch.compare.file import load_comparison
-from launch.ray_job import Jobs, make_absolute, place_faults
+from launch.ray_job import make_absolute, place_faults
+from launch.side_by_side import SideBySide
 from launch.stop import PREEMPTED, StopWatch
 from trainer.config import Config
 from trainer.events import Evaluated, Event, Warned
@@ -40,8 +41,12 @@ def run(args: argparse.Namespace) -> int:
     told = "stopping after this cell, or the next step and a checkpoint"
     should_stop = StopWatch(told, comparison.config.run.max_seconds)
     show = partial(print, flush=True)
-    with Jobs() as jobs:
-        train = _training(jobs, show, should_stop)
+    with SideBySide(comparison.settings.at_once) as trainings:
+
+        def train(config: Config) -> bool:
+            make_absolute(config)
+            return trainings.run(config, _telling(config, show), should_stop)
+
         results = run_comparison(comparison, show, train, should_stop)
     if results is None:
         print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
@@ -50,18 +55,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _training(jobs: Jobs, show: Show, should_stop: Callable[[], bool]) -> Callable[[Config], bool]:
-    """How a comparison trains a task: through Ray as ever, telling evaluations and warnings."""
+def _telling(config: Config, show: Show) -> Callable[[Event], None]:
+    """A training's evaluations and warnings, by the name of its folder."""
+    name = Path(config.run.dir).name
 
     def on_event(event: Event) -> None:
         match event:
             case Evaluated(step):
-                show(f"  step {step}: {event}")
+                show(f"  {name}, step {step}: {event}")
             case Warned(message):
-                show(f"  warning: {message}")
+                show(f"  {name}, warning: {message}")
 
-    def train(config: Config) -> bool:
-        make_absolute(config)
-        return jobs.run(config, on_event, should_stop)
-
-    return train
+    return on_event

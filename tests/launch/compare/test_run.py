@@ -114,6 +114,7 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, hea
     command = [sys.executable, "-m", "launch", "compare", str(comparison_file)]
     command += ["compare.lengths=[64]", "compare.mixers=[attention,[mingru,window]]"]
     command += ["compare.repetitions=1"]  # their order is tested above
+    command += ["compare.at_once=2"]  # for one of which there is room
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, cwd=ROOT, env=head.joined, **pipes)
     assert first.stdout

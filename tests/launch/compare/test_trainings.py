@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 from launch.compare.file import load_comparison
@@ -75,6 +76,36 @@ def test_best_rate_of_each_mixer_counts_and_seeds_show_the_spread(comparison_fil
     assert "text: attention did best at the lowest learning rate tried, 0.001: a lower one" in page
     assert "text: mingru did best at the highest learning rate tried, 0.004: a higher one" in page
     assert "learning rates 0.001, 0.002, 0.004, of which each mixer's best counts" in page
+
+
+def test_trainings_run_side_by_side_and_find_the_same(comparison_file, gang):
+    """The rates of all mixers at once, then the seeds; a stop leaves none behind."""
+    overrides = ["compare.learning_rates=[1e-3,4e-3]", "compare.seeds=[1,2]"]
+    overrides += ["compare.lengths=[64]", "compare.at_once=3"]
+    comparison = load_comparison(comparison_file, overrides)
+    together = Barrier(3, timeout=10)
+
+    def train(config: Config) -> bool:
+        together.wait()
+        return _train(config)
+
+    asked = [False]
+
+    def stopped(config: Config) -> bool:
+        together.wait()
+        asked[0] = True
+        return False
+
+    begun: list[str] = []
+    assert run_comparison(comparison, begun.append, stopped, lambda: asked[0]) is None
+    assert sum(" on text: " in shown for shown in begun) == 3
+    side_by_side = run_comparison(comparison, lambda _: None, train, lambda: False)
+    one_by_one = run_comparison(comparison, lambda _: None, _train, lambda: False)
+    assert side_by_side
+    assert one_by_one
+    assert side_by_side == one_by_one
+    rates = [run.learning_rate for run in side_by_side.tasks["text"]["mingru"]]
+    assert rates == [1e-3, 4e-3, 4e-3]
 
 
 def test_rates_go_on_until_the_best_lies_inside(comparison_file, gang, tmp_path):
