@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.gang import (
     LaunchError,
+    NoRoom,
     Placed,
     check_own_ray,
     connect,
@@ -64,6 +65,7 @@ class Refused:
     """No gang: what a LaunchError says."""
 
     message: str
+    no_room: bool = False  # now
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Gang:
             if planned:
                 self._start(planned)
         except LaunchError as error:
-            self.pipe.send(Refused(str(error)))
+            self.pipe.send(Refused(str(error), isinstance(error, NoRoom)))
             return
         except ray.exceptions.RayError as error:  # lost before or beside its run
             reason = f"a machine or a worker was lost ({type(error).__name__})"
@@ -145,12 +147,8 @@ class _Gang:
         board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
         config = planned.applied(self.config)
         if planned.workers < self.config.launch.workers:
-            self.pipe.send(
-                Warned(
-                    f"room for {planned.workers} of {self.config.launch.workers} workers: going on "
-                    f"with these, sp={planned.sp}"
-                )
-            )
+            room = f"room for {planned.workers} of {self.config.launch.workers} workers"
+            self.pipe.send(Warned(f"{room}: going on with these, sp={planned.sp}"))
         try:
             with gang(config, _Worker, planned.nodes) as (workers, places):
                 settings = environments(places, config.launch.cpus_per_worker)

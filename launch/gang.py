@@ -45,6 +45,10 @@ class LaunchError(RuntimeError):
     """The run ended with a fault; the message is for the person who started it."""
 
 
+class NoRoom(LaunchError):
+    """Now; there may be later."""
+
+
 def connect(config: Config) -> None:
     """Join the cluster of RAY_ADDRESS, or start a Ray of our own, bound to loopback."""
     root = Path(__file__).resolve().parents[1]
@@ -148,8 +152,8 @@ def find_room(
 ) -> Plan | None:
     """Wait for room for all workers, launch.wait_seconds long; then take what min_workers allows.
 
-    None where it was asked to stop. Raises LaunchError where there is no room for that either, or
-    where it is spread unevenly; ConnectionError where a process of our own Ray is gone.
+    None where it was asked to stop. Raises NoRoom where there is none for that either, or where it
+    is spread unevenly; ConnectionError where a process of our own Ray is gone.
     """
     launch = config.launch
     whole, least = launch.workers, launch.min_workers or launch.workers
@@ -166,13 +170,13 @@ def find_room(
             return None
         # what a lost worker held may be on its way back for a moment
         if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
-            raise LaunchError(
+            raise NoRoom(
                 f"{whole} workers (at least {least}) do not spread evenly over the machines, whose "
                 f"room is {shown(found)}: every machine that is used must take as many; change "
                 f"launch.workers, launch.min_workers or parallel.sp"
             )
         if waited > launch.wait_seconds:
-            raise LaunchError(
+            raise NoRoom(
                 f"the cluster has no room for launch.workers {whole} (at least {least}) of "
                 f"{_bundle(config)} each after launch.wait_seconds {launch.wait_seconds:g}: "
                 f"{shown(found)}"

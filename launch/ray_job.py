@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.driver import Connected, GangEnd, Outcome, Refused
-from launch.gang import LaunchError, no_cluster
+from launch.gang import LaunchError, NoRoom, no_cluster
 from trainer.config import Config, LaunchConfig, load_config
 from trainer.events import Event, Started, Stop, Warned
 from trainer.goodput import Submission
@@ -122,16 +122,17 @@ class Jobs:
             on_event(event)
 
         while True:
+            kind = LaunchError
             self._driver = self._driver or _Driver()
             end = self._driver.run(config, submission, pass_on, should_stop)
             if end is None:
                 shown = f"Ray itself was lost ({self._driver.last_words()})"
                 self._close()
             elif isinstance(end, Refused):
-                shown = end.message
+                shown, kind = end.message, NoRoom if end.no_room else LaunchError
                 self._close()
                 if not tally.failures:  # else what has failed may be on its way back
-                    raise LaunchError(shown)
+                    raise kind(shown)
             elif all(outcome.kind == "done" for outcome in end.outcomes):
                 if not end.moved or end.finished or should_stop():
                     return end.finished
@@ -142,7 +143,7 @@ class Jobs:
             if should_stop():
                 on_event(Warned(f"{shown}: not started again, as it was asked to stop"))
                 return False
-            tally.fail(shown)
+            tally.fail(shown, kind)
             again = f"starting all workers again from the last checkpoint ({tally})"
             on_event(Warned(f"{shown}: {again}"))
 
@@ -164,10 +165,11 @@ class _Tally:
         if (step, runs) > self._reached:
             self.failures, self._reached = 0, (step, runs)
 
-    def fail(self, shown: str) -> None:
+    def fail(self, shown: str, kind: type[LaunchError] = LaunchError) -> None:
+        """Raises that kind of error where they are too many."""
         self.failures += 1
         if self.failures > self._limit:
-            raise LaunchError(
+            raise kind(
                 f"{shown} (launch.max_failures {self._limit} restarts brought no new checkpoint)"
             )
 

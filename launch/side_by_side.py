@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from queue import SimpleQueue
-from threading import Lock
+from threading import Condition, Lock
 
+from launch.gang import NoRoom
 from launch.ray_job import Jobs
 from trainer.config import Config
-from trainer.events import Event, Started
+from trainer.events import Event, Started, Warned
+
+OnEvent = Callable[[Event], None]
+ShouldStop = Callable[[], bool]
 
 
 class SideBySide:
-    """So many trainings at once, one for each thread that asks."""
+    """So many trainings at once, one for each thread that asks, where there is room for them."""
 
     def __init__(self, count: int) -> None:
         self._free: SimpleQueue[Jobs] = SimpleQueue()
@@ -19,6 +23,8 @@ class SideBySide:
         for jobs in self._all:
             self._free.put(jobs)
         self._starting = Lock()  # two that look for room at once would find the same
+        self._changed = Condition()
+        self._holding = self._ended = 0  # trainings that have room; that had
         self._stack = ExitStack()
 
     def __enter__(self) -> "SideBySide":
@@ -29,15 +35,32 @@ class SideBySide:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(
-        self, config: Config, on_event: Callable[[Event], None], should_stop: Callable[[], bool]
-    ) -> bool:
-        """As `run_job`, and from several threads."""
+    def run(self, config: Config, on_event: OnEvent, should_stop: ShouldStop) -> bool:
+        """As `run_job`, and from several threads: without room it waits for another's end."""
         jobs = self._free.get()
-        turn = _Turn(self._starting)
+        try:
+            while True:
+                ended = self._ended
+                try:
+                    return self._try(jobs, config, on_event, should_stop)
+                except NoRoom as error:
+                    if self._ended == ended and not self._holding:
+                        raise  # nobody here will make any
+                    on_event(Warned(f"{error}: waiting for another training to end"))
+                    with self._changed:
+                        while self._ended == ended and not should_stop():
+                            self._changed.wait(0.2)
+        finally:
+            self._free.put(jobs)
+
+    def _try(self, jobs: Jobs, config: Config, on_event: OnEvent, should_stop: ShouldStop) -> bool:
+        turn, holds = _Turn(self._starting), False
 
         def pass_on(event: Event) -> None:
-            if isinstance(event, Started):  # it holds what it needs
+            nonlocal holds
+            if isinstance(event, Started) and not holds:
+                holds = True
+                self._count(1, 0)
                 turn.end()
             on_event(event)
 
@@ -45,7 +68,13 @@ class SideBySide:
             return turn.begin(should_stop) and jobs.run(config, pass_on, should_stop)
         finally:
             turn.end()
-            self._free.put(jobs)
+            if holds:
+                self._count(-1, 1)
+
+    def _count(self, holding: int, ended: int) -> None:
+        with self._changed:
+            self._holding, self._ended = self._holding + holding, self._ended + ended
+            self._changed.notify_all()
 
 
 class _Turn:
@@ -54,7 +83,7 @@ class _Turn:
     def __init__(self, lock: Lock) -> None:
         self._lock, self._held = lock, False
 
-    def begin(self, should_stop: Callable[[], bool]) -> bool:
+    def begin(self, should_stop: ShouldStop) -> bool:
         """Whether it came before a wish to stop."""
         while not self._held and not should_stop():
             self._held = self._lock.acquire(timeout=0.2)

@@ -5,6 +5,7 @@ its backward would need is counted.
 """
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -100,10 +101,12 @@ def memory_of(worker: Worker) -> int:
         for limit in (Path(name) for name in GROUP_LIMITS):  # of a container
             if limit.is_file() and (text := limit.read_text().strip()).isdigit():
                 mine = min(mine, int(text))
-    everyone = worker.topology.gather_objects((socket.gethostname(), mine))
-    hosts = [host for host, _ in everyone]
+    own, _ = resource.getrlimit(resource.RLIMIT_DATA)  # of this process, as a comparison sets it
+    own = mine if own == resource.RLIM_INFINITY or worker.device.type == "cuda" else own
+    everyone = worker.topology.gather_objects((socket.gethostname(), mine, own))
+    hosts = [host for host, _, _ in everyone]
     shared = worker.device.type == "cpu"
-    least = min(each // (hosts.count(host) if shared else 1) for host, each in everyone)
+    least = min(min(m // (hosts.count(host) if shared else 1), own) for host, m, own in everyone)
     # to the next sixteenth of a power of two: what is chosen by it is to stay, though another start
     # finds some megabytes less
     grain = max(1, 1 << (least.bit_length() - 5))

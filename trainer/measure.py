@@ -103,10 +103,10 @@ def measure_training(config: Config, steps: int, seconds: float, untimed: int = 
     So many before them are not timed. Every worker calls it.
     """
     worker = Worker.join(config)
-    if config.train.segment_len == AUTO:
-        worker, _ = settle(worker)
     device, meter = worker.device, worker.topology.sequence.meter
     idle = _resident_bytes(device)
+    if config.train.segment_len == AUTO:
+        worker, _ = settle(worker)
     clock = timed_steps(worker)
     for _ in range(untimed):
         next(clock)

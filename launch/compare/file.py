@@ -108,7 +108,7 @@ class Trainings:
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         run.run.dir = str(self.folder / f"{self.label}-{digest}")
         if run.checkpoint.remote:  # nobody goes on with what another run keeps there
-            own = f"{self.folder.name}/{self.label}-{digest}"
+            own = f"{self.folder.parents[1].name}/{self.folder.name}/{self.label}-{digest}"
             run.checkpoint.remote = f"{run.checkpoint.remote.rstrip('/')}/{own}"
         return run
 
@@ -207,7 +207,7 @@ def _task_faults(config: ComparisonFile) -> Iterator[Fault]:
     own += ["run.seed="] if compare.seeds else []
     files: dict[str, str] = {}
     for name, task in compare.tasks.items():
-        if "/" in name or not name.strip(". "):
+        if set("/*?[]") & set(name) or not name.strip(". "):
             yield "compare.tasks", f"{name!r} is to name folders and files, and cannot"
         if (other := files.setdefault(file_name(name), name)) != name:
             yield "compare.tasks", f"{name!r} would name the same files as {other!r}"
@@ -235,7 +235,8 @@ def _follow_data(config: Config, places: dict[str, str], tasks: Sequence[Config]
     found = [widths_of_data(task) for task in tasks]
     for name in {name for widths in found for name in widths}:
         if f"model.{name}" not in places:
-            setattr(config.model, name, max(widths.get(name, 0) for widths in found))
+            least = 0 if all(found) else getattr(config.model, name)  # some lie elsewhere
+            setattr(config.model, name, max(least, *(widths.get(name, 0) for widths in found)))
 
 
 def _solve(config: ComparisonFile, path: str) -> tuple[dict[str, ModelConfig], int]:

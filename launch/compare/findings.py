@@ -112,8 +112,10 @@ def _verdict(task: str, runs: Runs) -> Iterator[str]:
     chosen = {label: typical(same) for label, same in runs.items()}
     tokens = chosen[by_loss[0]].tokens[-1]
     losses = ", ".join(f"{label} {finals[label]:.3f}" for label in by_loss)
-    seeds = max(len(best_runs(same)) for same in runs.values())
-    middle = f", the median of {seeds} seeds" if seeds > 1 else ""
+    seeds = {len(best_runs(same)) for same in runs.values()}
+    middle = (
+        f", the median of {' or '.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else ""
+    )
     yield f"{task}, held-out loss after {tokens:,} tokens{middle}, best first: {losses}."
     seconds = min(run.seconds[-1] for run in chosen.values())
     losses_then = {
@@ -136,7 +138,7 @@ def _verdict(task: str, runs: Runs) -> Iterator[str]:
 
 def _machines(task: str, hardware: str, runs: Runs) -> Iterator[str]:
     """Where seconds are not of one machine."""
-    known = {run.hardware for same in runs.values() for run in same if run.hardware}
+    known = {name for same in runs.values() for run in same for name in run.hardware}
     if known and known != {hardware}:
         yield (
             f"{task}: trained on {', '.join(sorted(known))}, cells were measured on {hardware}: "
@@ -161,5 +163,7 @@ def _loss_at(run: TrainingRecord, seconds: float) -> float | None:
         return None
     for (a, before), (b, after) in pairwise(points):
         if a <= seconds <= b:
+            if math.isinf(before + after):  # no line leads there
+                return before if seconds == a else after if seconds == b else math.inf
             return before + (after - before) * (seconds - a) / (b - a)
     return points[-1][1]

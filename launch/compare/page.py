@@ -146,8 +146,10 @@ def _circumstances(results: Results) -> list[str]:
     limit = settings.memory_gib_per_worker
     versions = ", ".join(f"{name} {value}" for name, value in results.versions.items())
     runs = [run for task in results.tasks.values() for same in task.values() for run in same]
-    seeds = ", ".join(map(str, settings.seeds or sorted({run.seed for run in runs})))
-    own = ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
+    own_seeds = sorted({run.seed for run in runs}) or [config.run.seed]
+    seeds = ", ".join(map(str, settings.seeds or own_seeds))
+    own_rates = sorted({run.learning_rate for run in runs}) or [config.optim.learning_rate]
+    own = ", ".join(f"{rate:g}" for rate in own_rates)
     rates = f"learning rate {own}, tuned for none"
     if settings.learning_rates:
         tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)

@@ -87,8 +87,8 @@ class TrainingRecord:
     loss: list[float]
     held_out: list[Point]
     final: Json
-    hardware: str = ""  # that it ran on, where its starts tell
-    commit: str = ""  # of the code that it ran
+    hardware: list[str] = field(default_factory=list)  # that it ran on, where its starts tell
+    commits: list[str] = field(default_factory=list)  # of the code that it ran
 
     @property
     def final_loss(self) -> float:

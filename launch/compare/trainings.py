@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,8 +29,9 @@ class Trained:
 
     def commits(self) -> set[str]:
         """Of the code that trained."""
-        runs = (run for task in self.tasks.values() for same in task.values() for run in same)
-        return {run.commit for run in runs if run.commit}
+        runs = [run for task in self.tasks.values() for same in task.values() for run in same]
+        runs += [run for task in self.in_equal_time.values() for run in task.values()]
+        return {commit for run in runs for commit in run.commits}
 
 
 class _Stopped(Exception):
@@ -77,6 +78,9 @@ class _Attempt:
         pool, waits = ThreadPoolExecutor(self.comparison.settings.at_once), True
         try:
             begun = [pool.submit(self._run, label, config) for label, config in runs]
+            wait(begun, return_when=FIRST_EXCEPTION)
+            for failed in (each for each in begun if each.done() and each.exception()):
+                failed.result()
             return [each.result() for each in begun]
         except KeyboardInterrupt:  # at once: whoever has the trainings ends them
             waits = False
@@ -158,6 +162,6 @@ def _curve(config: Config) -> TrainingRecord:
             for line in read_lines(folder.evaluations)
         ],
         final=final,
-        hardware=" and ".join(sorted({start.get("hardware", "") for start in starts} - {""})),
-        commit=" and ".join(sorted({start.get("commit", "") for start in starts} - {""})),
+        hardware=sorted({start["hardware"] for start in starts if "hardware" in start}),
+        commits=sorted({start["commit"] for start in starts if "commit" in start}),
     )

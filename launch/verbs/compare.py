@@ -1,7 +1,8 @@
 """python -m launch compare CONFIG [key=value ...]"""
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
         paths |= {("data.path", path) for run in firsts for path in run.data.sources}
         evaluated = [run.evaluate.path for run in firsts]
         paths |= {("evaluate.path", path) for path in evaluated if path is not None}
-    if faults := place_faults(sorted(paths), comparison.config.launch):
+    faults = place_faults(sorted(paths), comparison.config.launch)
+    if comparison.settings.at_once > 1 and comparison.config.launch.gpus_per_worker:
+        faults += _sharing_faults(comparison.settings.at_once)
+    if faults:
         raise ConfigError(args.config, faults)
     from launch.compare.page import write_comparison  # import torch and matplotlib
     from launch.compare.run import run_comparison
@@ -53,6 +57,15 @@ def run(args: argparse.Namespace) -> int:
         return PREEMPTED if should_stop.preempted else 0
     print("\n" + write_comparison(Path(comparison.settings.dir), results))
     return 0
+
+
+def _sharing_faults(at_once: int) -> Iterator[str]:
+    """Where trainings side by side, each with a Ray of its own, would take the same GPUs."""
+    if not os.environ.get("RAY_ADDRESS"):
+        yield (
+            f"compare.at_once: {at_once} trainings without a common Ray would share GPUs: start "
+            f"one by `ray start --head` and set RAY_ADDRESS, or leave it 1"
+        )
 
 
 def _telling(config: Config, show: Show) -> Callable[[Event], None]:

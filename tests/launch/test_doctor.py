@@ -1,11 +1,11 @@
 """What a person is told of a cluster before a long run."""
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from launch.doctor import same
 from tests.distributed import run_distributed
@@ -58,13 +58,15 @@ def test_a_closed_port_is_told():
     assert re.search(f"port {door.address[1]}: .*refused", faults[0])
 
 
-def test_storage_that_does_not_keep_what_it_is_given_is_told(tmp_path):
+def test_storage_that_does_not_keep_what_it_is_given_is_told(tmp_path, monkeypatch):
     assert probe.remote_seconds(f"file://{tmp_path}/kept", "doctor") < 1
     assert not list((tmp_path / "kept").iterdir())
-    if os.geteuid():  # root may write anywhere
-        tmp_path.chmod(0o500)
-        with pytest.raises(OSError, match=r"checkpoint\.remote"):
-            probe.remote_seconds(f"file://{tmp_path}/other", "doctor")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=r"checkpoint\.remote"):
+        probe.remote_seconds(f"file://{tmp_path}/file/below", "doctor")
+    monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *_, **__: b"something else")
+    with pytest.raises(OSError, match=r"checkpoint\.remote .*does not read as written"):
+        probe.remote_seconds(f"file://{tmp_path}/forgets", "doctor")
 
 
 def test_a_machine_that_differs_is_named():

@@ -2,14 +2,19 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.generate
 from data_prep.tokenizer import ByteTokenizer
 from launch.verbs import generate as verb
-from trainer.generate import Sampling
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from trainer.generate import Sampling, Trained
 
 
 def printed(text: str, stops: list[str]) -> str:
@@ -72,6 +77,29 @@ def test_faults_of_the_command_come_before_any_model(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ncaf\xe9\n")
     with pytest.raises(ValueError, match="latin:2: byte 0xe9 is not UTF-8"):
         run("nowhere", "--prompt-file", str(tmp_path / "latin"))
+
+
+def test_it_ends_with_the_document_and_draws_as_it_was_asked(monkeypatch, capsys):
+    """What was typed arrives, in its place; behind the end of a document nothing is written."""
+    asked: list[tuple[list[int], int, Sampling]] = []
+    known = torch.ones(256, dtype=torch.bool)
+    trained = Trained(LanguageModel(ModelConfig(layers=1)), ByteTokenizer(), 7, known, ord("."))
+
+    def drawn(model, tokens, count, sampling, on_read):
+        asked.append((list(tokens), count, sampling))
+        yield from b"one two. three"
+
+    monkeypatch.setattr(trainer.generate, "load_run", lambda folder, device: trained)
+    monkeypatch.setattr(trainer.generate, "generate", drawn)
+    options = "--max-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.25 --seed 11"
+    assert run("somewhere", "--prompt", "ab", *options.split()) == 0
+    assert capsys.readouterr().out == "one two\n"
+    ((tokens, count, sampling),) = asked
+    assert (tokens, count) == ([97, 98], 9)
+    assert sampling.known is known
+    assert replace(sampling, known=None) == Sampling(0.5, 3, 0.25, 11)
+    assert run("somewhere", "--prompt", "ab", "--stop", "tw", "--stop", "thr") == 0
+    assert capsys.readouterr().out == "one \n"
 
 
 def test_a_prompt_is_read_unchanged(tmp_path, monkeypatch):

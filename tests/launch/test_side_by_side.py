@@ -8,7 +8,7 @@ from threading import Event as Flag
 import pytest
 
 from launch import side_by_side
-from launch.gang import LaunchError
+from launch.gang import LaunchError, NoRoom
 from launch.side_by_side import SideBySide
 from trainer.config import Config
 from trainer.events import Event, Started
@@ -35,7 +35,9 @@ class FakeJobs:
         time.sleep(0.02)
         FakeJobs.looking -= 1
         if name == 3:
-            raise LaunchError("there is no room")
+            raise LaunchError("it failed")
+        if name == 5 and not FakeJobs.end[5].is_set():
+            raise NoRoom("there is no room")
         on_event(Started(0, name, 1, 1, 1, 1, 1, 1, 1, "native"))
         FakeJobs.begun[name].set()
         assert FakeJobs.end[name].wait(10)
@@ -80,12 +82,36 @@ def test_one_that_does_not_begin_lets_the_next_one_begin(jobs):
     jobs.end[1].set()
     with SideBySide(2) as trainings:
         for _ in range(3):
-            with pytest.raises(LaunchError, match="no room"):
+            with pytest.raises(LaunchError, match="it failed"):
                 trainings.run(_config(3), lambda _: None, lambda: False)
         assert trainings.run(_config(1), lambda _: None, lambda: False)
 
 
-def test_a_stop_is_heard_by_one_that_waits_for_its_turn(jobs):
-    with SideBySide(1) as trainings:
-        assert not trainings.run(_config(1), lambda _: None, lambda: True)
-        assert not jobs.begun[1].is_set()
+def test_a_stop_is_heard_by_one_that_waits_for_its_turn(jobs, monkeypatch):
+    asked = Flag()
+    with SideBySide(2) as trainings, ThreadPoolExecutor(2) as pool:
+        trainings._starting.acquire()  # another looks for room, for hours
+        waiting = pool.submit(trainings.run, _config(1), lambda _: None, asked.is_set)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        asked.set()
+        assert waiting.result(10) is False
+    assert not jobs.begun[1].is_set()
+
+
+def test_without_room_it_waits_for_another_to_end(jobs):
+    """And is lost where no other training has any."""
+    told: list[Event] = []
+    with SideBySide(2) as trainings, ThreadPoolExecutor(2) as pool:
+        with pytest.raises(NoRoom):
+            trainings.run(_config(5), told.append, lambda: False)
+        first = pool.submit(trainings.run, _config(1), lambda _: None, lambda: False)
+        assert jobs.begun[1].wait(10)
+        second = pool.submit(trainings.run, _config(5), told.append, lambda: False)
+        with pytest.raises(TimeoutError):
+            second.result(0.5)
+        jobs.end[5].set()
+        jobs.end[1].set()
+        assert first.result(10)
+        assert second.result(10)
+    assert ["waiting for another training to end" in str(each) for each in told] == [True, False]

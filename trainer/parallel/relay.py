@@ -158,9 +158,9 @@ class _Flow(_Track):
     """Backward: the gradients of inputs and weights, and the flow from right to left.
 
     The flow is linear in what arrives from the right. When another gradient arrives, the difference
-    alone is carried on, until in every row it is below a rounding of the flow at the same place:
-    what grows from there on grows alike in both. Where a row has no flow of its own, a rounding of
-    a rounding of its largest flow anywhere in the shard ends it.
+    alone is carried on, until in every row it is below a rounding of the flow at the same place: as
+    much is rounded there anyway, from rank to rank too, and grows as much. Where a row has no flow
+    of its own, a rounding of a rounding of its largest flow anywhere in the shard ends it.
     """
 
     def __init__(self, run: _Run, u: Tensor, entered: list[State], grad_y: Tensor) -> None:

@@ -73,7 +73,7 @@ def test_what_takes_too_much_is_out_of_memory():
     """By the limit that was set, in this process's own words, or by Linux's signal."""
     limit = {"memory_bytes": 6 << 30}
     assert _measure(_allocate, Config(), 1 << 20, **limit) == {"sum": 2.0**20}
-    assert _measure(_allocate, Config(), 40 << 30, **limit) == Failed(OUT_OF_MEMORY)
+    assert _measure(_allocate, Config(), 7 << 30, **limit) == Failed(OUT_OF_MEMORY)
     assert _measure(_die, Config(), signal.SIGKILL) == Failed(OUT_OF_MEMORY)
 
 

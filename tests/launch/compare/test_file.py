@@ -149,6 +149,10 @@ def test_models_have_the_tokens_of_the_tasks_data(tmp_path):
     )
     models = load_comparison(path, []).models
     assert {model.vocab_size for model in models.values()} == {max(wanted)}
+    there = f"data.path=s3://there, data.cache={tmp_path}/cache"  # what it has is not known here
+    path.write_text(path.read_text().replace(f"data.path={tmp_path}/copy", there))
+    models = load_comparison(path, []).models
+    assert {model.vocab_size for model in models.values()} == {256}
     models = load_comparison(path, ["model.vocab_size=100"]).models
     assert {model.vocab_size for model in models.values()} == {100}
 

@@ -49,7 +49,7 @@ def test_the_order_is_that_of_the_medians_that_the_table_shows():
 
 
 def test_other_machines_are_named():
-    run = replace(_record(1e-3, 0, 1.0), hardware="a fast one")
+    run = replace(_record(1e-3, 0, 1.0), hardware=["a fast one"])
     (said,) = _machines("text", "a slow one", {"mingru": [run]})
     assert "trained on a fast one, cells were measured on a slow one" in said
     assert not [*_machines("text", "a fast one", {"mingru": [run]})]
@@ -59,3 +59,5 @@ def test_loss_at_a_time_lies_between_evaluations():
     points = [Point(0, 2, 4.0), Point(0, 4, 2.0)]
     run = TrainingRecord(1e-3, 0, [], [], [], points, {})
     assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
+    lost = replace(run, held_out=[*points, Point(0, 6, math.inf), Point(0, 8, math.inf)])
+    assert [_loss_at(lost, t) for t in (4, 5, 6, 7, 9)] == [2, *[math.inf] * 4]

@@ -97,7 +97,11 @@ def _check_halo() -> int:
                 )
                 local = x.detach()[:, mine].clone().requires_grad_()
                 local_reset = None if reset is None else reset[:, mine]
+                group.meter.take()
                 got, got_tail = ShardedOps(group).halo(local, width, carry, local_reset)
+                sent = local.new_empty(BATCH, width, WIDTH).nbytes
+                if group.size > 1:  # to the right; the last rank's to all
+                    assert group.meter.take()[1] == sent
                 grads = torch.autograd.grad(
                     [got, got_tail], [local, carry], [cot[group.rank], cot_tail]
                 )
@@ -108,7 +112,6 @@ def _check_halo() -> int:
                 # with nothing after it: the same but for the tail, which nobody sends
                 group.meter.take()
                 alone, empty = ShardedOps(group).halo(local, width, carry, local_reset, last=True)
-                sent = local.new_empty(BATCH, width, WIDTH).nbytes
                 assert group.meter.take()[1] == (sent if group.rank < group.size - 1 else 0)
                 assert empty.shape == (BATCH, 0, WIDTH)
                 torch.testing.assert_close(alone, got)

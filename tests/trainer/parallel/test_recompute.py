@@ -14,6 +14,7 @@ from models.scan import scan
 from tests.distributed import run_distributed
 from tests.models.scan.cases import RECURRENCES, make_inputs
 from tests.trainer.runs import figures, train_here
+from trainer.parallel import recompute
 from trainer.parallel.carry import CarryExchange
 from trainer.parallel.recompute import KEPT, recompute_blocks
 from trainer.parallel.sharded import parallelize
@@ -92,8 +93,13 @@ def test_what_attention_exchanges_is_exchanged_again():
 
 
 def _train_each(config_file, stage: int) -> dict:
-    """On every rank: the figures of runs that differ in what they keep and compile."""
-    runs = {}
+    """On every rank: the figures of runs that differ in what they keep and compile.
+
+    Each does what it was asked: an option that did nothing would be equal too.
+    """
+    runs, done = {}, Counter[str]()
+    for owner, name in ((recompute, "_call"), (torch.nn.Module, "compile")):
+        _count(owner, name, done)
     for option in ("none", "recompute", "compile", "recompute compile"):
         overrides = [
             "parallel.sp=2",
@@ -103,13 +109,30 @@ def _train_each(config_file, stage: int) -> dict:
             f"train.compile={'compile' in option}",
             f"run.dir={config_file.parent / option.replace(' ', '-')}",
         ]
+        done.clear()
         runs[option] = figures(train_here(config_file, overrides))
+        assert {name for name in done} == {
+            made
+            for asked, made in (("recompute", "_call"), ("compile", "compile"))
+            if asked in option
+        }
     return runs
+
+
+def _count(owner: Any, name: str, done: Counter[str]) -> None:
+    """How often that is called; in this process alone, which serves no other test."""
+    inner = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        done[name] += 1
+        return inner(*args, **kwargs)
+
+    setattr(owner, name, counted)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_training_is_the_same(config_file, stage):
-    runs = run_distributed(_train_each, 2, config_file, stage, timeout=120)[0]
+    runs = run_distributed(_train_each, 2, config_file, stage, timeout=120, fresh=True)[0]
     plain = torch.tensor(runs.pop("none"))
     assert len(plain) == 5
     for option, run in runs.items():

@@ -80,7 +80,11 @@ def _compare(group: SequenceGroup, name: str, shard: int, memory: float, where: 
     exchange = RelayExchange(group)
     local = u.detach()[:, mine].clone().requires_grad_()
     local_reset = None if reset is None else reset[:, mine]
+    group.meter.take()
     got_y, got_last = exchange.relay(layer, local, carry, local_reset)
+    rounds, sent = group.relays.rounds, group.meter.take()[1]
+    numbers = len(carry) * BATCH * HIDDEN + 2  # and two figures, README.md beside relay.py has it
+    assert sent == rounds * numbers * u.element_size()
     got = torch.autograd.grad(
         [got_y, *got_last], [local, *carry, *layer.weights()], [cot_y[:, mine], *cots]
     )
