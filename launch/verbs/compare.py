@@ -3,7 +3,6 @@
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from launch.compare.file import load_comparison
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     told = "stopping after this cell, or the next step and a checkpoint"
     should_stop = StopWatch(told, comparison.config.run.max_seconds)
-    show = partial(print, flush=True)
+    show = _show
     with SideBySide(comparison.settings.at_once) as trainings:
 
         def train(config: Config) -> bool:
@@ -57,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
         return PREEMPTED if should_stop.preempted else 0
     print("\n" + write_comparison(Path(comparison.settings.dir), results))
     return 0
+
+
+def _show(text: str) -> None:
+    """A line, whole: several trainings tell theirs."""
+    print(f"{text}\n", end="", flush=True)
 
 
 def _sharing_faults(at_once: int) -> Iterator[str]:
