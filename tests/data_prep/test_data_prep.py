@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.schema import load_info
+from data_prep.schema import DatasetInfo, load_info
 from data_prep.sources import Selection, pieces, plan, read
 from data_prep.tokenizer import JsonTokenizer
 from data_prep.verify import verify
@@ -97,8 +97,9 @@ def test_interrupted_and_run_again_gives_the_same_bytes(tmp_path):
     command = [sys.executable, "-m", "data_prep", str(source), "--workers", "2", "--out"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run([*command, str(straight)], cwd=ROOT, check=True, capture_output=True)
-    kills = 0
-    for delay in (1.0, 1.5, 2.0, 100):
+    partial = tmp_path / "killed.partial"
+    # amid the parts, amid the packing, and not
+    for moment in ("parts/*.npz", "train", None):
         attempt = subprocess.Popen(
             [*command, str(killed)],
             cwd=ROOT,
@@ -106,18 +107,57 @@ def test_interrupted_and_run_again_gives_the_same_bytes(tmp_path):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + delay
-        while attempt.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if attempt.poll() is None:
-            os.killpg(attempt.pid, signal.SIGKILL)
-            attempt.wait()
-            kills += 1
-            # what is there is finished: the kill may have come between the renaming and the end
-            assert not killed.exists() or contents(killed) == contents(straight)
-    assert kills >= 1
+        if moment is None:
+            assert attempt.wait(100) == 0
+            break
+        deadline = time.monotonic() + 100
+        while not list(partial.glob(moment)):
+            assert attempt.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(attempt.pid, signal.SIGKILL)
+        attempt.wait()
+        assert not killed.exists()
+        assert list(partial.glob(moment))
     assert contents(killed) == contents(straight)
     assert verify(killed, progress=False) == []
+
+
+def test_every_flag_arrives_where_it_belongs(tmp_path, monkeypatch):
+    asked: list[tuple[Selection, Settings, Path, int]] = []
+
+    def prepared(selection: Selection, out: Path, settings: Settings, workers: int) -> DatasetInfo:
+        asked.append((selection, settings, out, workers))
+        return load_info(tmp_path / "real")
+
+    run_prepare(write_documents(tmp_path / "text"), tmp_path / "real")
+    monkeypatch.setattr("data_prep.__main__.prepare", prepared)
+    flags = (
+        "a.csv b --out OUT --tokenizer t.json --field x.y --format csv --include *.csv --include"
+    )
+    flags += " *.tsv --exclude *bad* --held-out-from c --held-out-from d --block-size 99"
+    flags += " --end-of-document new --skip-faulty 5 --allow-changes --workers 3"
+    assert main(flags.replace("OUT", str(tmp_path / "out")).split()) == 0
+    selection = Selection(
+        sources=("a.csv", "b"),
+        held_out_from=("c", "d"),
+        include=("*.csv", "*.tsv"),
+        exclude=("*bad*",),
+        kind="csv",
+        field="x.y",
+    )
+    settings = Settings(
+        tokenizer="t.json",
+        block_size=99,
+        end_of_document="new",
+        skip_faulty=5,
+        allow_changes=True,
+    )
+    assert asked == [(selection, settings, tmp_path / "out", 3)]
+    assert main(["a", "--out", "b", "--held-out", "0.25"]) == 0
+    assert asked[1][:2] == (Selection(("a",)), Settings(held_out=0.25))
+    assert main(["a", "--out", "b", "--held-out", "0.25", "--held-out-from", "c"]) == 1
+    assert len(asked) == 2
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path):

@@ -1,20 +1,26 @@
 """What workers are told of their world, and what a launcher refuses, without a Ray."""
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import psutil
 import pytest
 
+from launch.__main__ import main
+from launch.compare.file import ComparisonFile
 from launch.driver import GangEnd, Outcome, Refused
 from launch.gang import LaunchError, Place, _interface_of, environments
 from launch.ray_job import Jobs, _first_cause, _shared_message, _Tally, place_faults, run_job
-from launch.stop import StopWatch
+from launch.stop import PREEMPTED, StopWatch
+from launch.verbs import train as verb
 from tests.launch.conftest import ROOT, without_ray
 from trainer.config import Config, LaunchConfig, load_config
+from trainer.settings import described, leaves_of
 
 
 def test_ranks_find_each_other():
@@ -183,6 +189,39 @@ def test_time_is_a_limit_too(monkeypatch, capsys):
     assert watch()
     assert watch.preempted
     assert "run.max_seconds have passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_train_exits_with_75_where_a_machine_preempts(config_file, monkeypatch, capsys, preempted):
+    """And as a run that ended where a person asked; the wish is heard, and the time limit known."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    limits: list[float] = []
+
+    def run_job(config: Config, on_event: Any, should_stop: StopWatch) -> bool:
+        limits.append(should_stop._deadline - time.monotonic())
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGTERM if preempted else signal.SIGINT)
+        return not should_stop()
+
+    monkeypatch.setattr("launch.verbs.train.run_job", run_job)
+    command = argparse.Namespace(config=str(config_file), overrides=["run.max_seconds=60"])
+    try:
+        assert verb.run(command) == (PREEMPTED if preempted else 0)
+    finally:
+        for wish, handler in kept.items():
+            signal.signal(wish, handler)
+    assert "stopped in good order" in capsys.readouterr().out
+    assert 50 < limits[0] <= 60
+
+
+def test_every_key_is_told(capsys):
+    said = {row[0] for row in described(ComparisonFile)}
+    assert said == {name for name, _ in leaves_of(ComparisonFile)}
+    assert main(["keys", "seq_len"]) == 0
+    out = capsys.readouterr().out
+    assert "train.seq_len=16384\n    int, above 0: tokens per sequence" in out
+    assert "compare.dir" not in out
+    assert main(["keys", "no_such_key"]) == 1
 
 
 _CHILD = """

@@ -116,6 +116,19 @@ def test_a_shifted_epoch_begins_at_a_place_of_its_own(data):
     assert again[5 * count + 1] == order[5 * count + 1]
 
 
+def test_a_run_reads_at_shifted_places_where_it_is_asked_to(config_file):
+    begins = []
+    for shift in (True, False):
+        config = load_config(config_file, [f"data.shift={shift}"])
+        reader = SequenceReader(TokenStream(config.data, "train"), Layout(192), False, shift)
+        batches = training_batches(reader, config, 0, 0)
+        begins.append(next(batches).begins)
+        batches.close()
+        order = reader.order(config.run.seed, shift)
+        assert begins[-1] == [order[0], order[1]]
+    assert begins[0] != begins[1]
+
+
 def test_a_step_holds_the_same_sequences_whatever_dp(config_file):
     """Two DP ranks together read, in each step, what one alone reads."""
 

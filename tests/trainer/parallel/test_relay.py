@@ -12,6 +12,8 @@ from models.mixers.lstm import LSTM
 from models.relay import cut, relay
 from tests.distributed import run_distributed
 from tests.models.scan.cases import make_reset
+from tests.trainer.runs import of_kind, run
+from trainer.events import Stepped
 from trainer.parallel.relay import PIECE_TOKENS, RelayExchange
 from trainer.parallel.sequence_group import RelayMeter, SequenceGroup
 from trainer.parallel.sharded import ShardedOps
@@ -248,6 +250,18 @@ def test_states_stay_in_fp32_where_inputs_are_bf16(name):
     for got, want in zip(last, exact[1], strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_relays_to_the_tolerance_that_it_is_given(config_file):
+    """States that are that near pass for the same, which the metrics tell."""
+    found = []
+    for tolerance in (0.0, 0.9):
+        options = ["model.mixer=gru", "parallel.sp=2", f"parallel.relay_tolerance={tolerance}"]
+        options += ["train.steps=1", "evaluate.sequences=0", f"run.dir={config_file}-{tolerance}"]
+        (step,) = of_kind(run(config_file, 2, *options), Stepped)
+        found.append(step.metrics["relay_residual"])
+    assert found[0] <= 2**-23
+    assert found[1] > 1e-3
 
 
 def _planted(name: str) -> None:
