@@ -3,15 +3,20 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from launch.doctor import same
+from launch import doctor
+from launch.doctor import _Patients, same
+from launch.gang import Place
 from tests.distributed import run_distributed
 from tests.launch.conftest import ROOT, Head, without_ray
 from trainer import probe
 from trainer.config import Config
+from trainer.run_folder import RunFolder
 
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
 
@@ -76,11 +81,74 @@ def test_a_machine_that_differs_is_named():
     assert "b has torch 1; 2 of 3 have torch 2" in finding.said
 
 
+class Sick(_Patients):
+    """Two machines, a and b, that answer as a test says: by question, (value, fault) of each."""
+
+    def __init__(self, **answers: list[tuple[Any, str]]) -> None:
+        def probe(number: int) -> SimpleNamespace:
+            ask = SimpleNamespace(remote=lambda name, *_, **__: answers[name][number])
+            door = SimpleNamespace(remote=lambda address: (address, 7))
+            return SimpleNamespace(ask=ask, open_door=door)
+
+        places = [Place("1", "10.0.0.1", 1, "a"), Place("2", "10.0.0.2", 1, "b")]
+        super().__init__(Config(), [probe(0), probe(1)], places)
+
+    def collect(self, waiting: list[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        both = list(zip(self.names, waiting, strict=True))
+        answers = {name: value for name, (value, fault) in both if not fault}
+        return answers, {name: fault for name, (_, fault) in both if fault}
+
+
+@pytest.mark.parametrize(
+    ("examination", "answers", "said"),
+    [
+        ("_machines", {"describe": [(None, "no answer"), (None, "torch is lacking")]}, "b: torch"),
+        (
+            "_ports",
+            {"unreachable": [({1: "port 7: refused"}, ""), ({}, "")]},
+            "a: does not reach b",
+        ),
+        ("_storage", {"leave_mark": [(1.0, ""), (None, "read-only")]}, "b: read-only"),
+        (
+            "_storage",
+            {"leave_mark": [(1.0, "")] * 2, "missing_marks": [(["1.mark"], ""), ([], "")]},
+            "a: does not see in runs/demo.doctor what b wrote",
+        ),
+        ("_data", {"data_identity": [("this", ""), ("that", "")]}, "not the same on all machines"),
+        ("_data", {"data_identity": [("this", ""), (None, "is not there")]}, "b: is not there"),
+        ("_remote", {"remote_seconds": [(0.1, ""), (None, "no access")]}, "b: no access"),
+        ("_network", {"measure": [(None, "timed out"), (None, "timed out")]}, "a: timed out"),
+    ],
+)
+def test_what_is_wrong_with_a_machine_is_a_fault_by_its_name(
+    examination, answers, said, monkeypatch
+):
+    monkeypatch.setattr("ray.get", lambda waiting, **_: waiting)
+    patients = Sick(**answers)
+    patients.config.run.dir, patients.config.checkpoint.remote = "runs/demo", "s3://there"
+    findings = list(getattr(doctor, examination)(patients))
+    assert sum(each.level == "fault" and said in each.said for each in findings) == 1
+    assert not any("all see" in each.said or "every machine" in each.said for each in findings)
+
+
+@pytest.mark.parametrize(("free", "level"), [(10 << 30, "ok"), (1 << 10, "fault")])
+def test_a_disk_without_room_for_checkpoints_is_a_fault(tmp_path, monkeypatch, free, level):
+    config = Config()
+    config.run.dir = str(tmp_path / "run")
+    saved = tmp_path / "run.doctor/checkpoints/step-000001"
+    saved.mkdir(parents=True)
+    (saved / "weights").write_bytes(bytes(5000))
+    monkeypatch.setattr(RunFolder, "saved", lambda _: [saved])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    (finding,) = doctor._room_for_checkpoints(config)
+    assert finding.level == level
+
+
 @pytest.mark.slow
 def test_a_cluster_is_examined(head: Head, config_file):
     """All is well; and a run for which there is no room is told at once."""
 
-    def doctor(*options: str) -> subprocess.CompletedProcess[str]:
+    def examined(*options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*DOCTOR, str(config_file), "launch.workers=2", "parallel.sp=2", *options],
             cwd=ROOT,
@@ -89,7 +157,7 @@ def test_a_cluster_is_examined(head: Head, config_file):
             text=True,
         )
 
-    fit = doctor(f"checkpoint.remote=file://{config_file.parent}/remote")
+    fit = examined(f"checkpoint.remote=file://{config_file.parent}/remote")
     assert fit.returncode == 0, fit.stdout + fit.stderr
     subjects = [line.split()[1].rstrip(":") for line in fit.stdout.splitlines()[:-1]]
     assert subjects == [
@@ -99,6 +167,6 @@ def test_a_cluster_is_examined(head: Head, config_file):
     assert fit.stdout.splitlines()[-1] == "fit for this run"
     assert not list(config_file.parent.glob("run*"))
 
-    large = doctor("launch.workers=64", "train.batch_size=64")
+    large = examined("launch.workers=64", "train.batch_size=64")
     assert large.returncode == 1
     assert "not fit for this run: cluster" in large.stdout

@@ -1,13 +1,17 @@
 """How workers find each other."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
+import pytest
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
 from tests.trainer.runs import train_here, warnings
 from trainer import train as train_module
+from trainer.run_folder import RunFolder, read_lines
 
 
 def _listening() -> set[str]:
@@ -36,3 +40,17 @@ def _told(config_file: Path) -> list[int]:
 def test_bf16_without_instructions_for_it_is_told(config_file):
     """Or a run takes an hour for a minute's work, and nobody knows why."""
     assert run_distributed(_told, 1, config_file, fresh=True) == [[0, 1]]
+
+
+@pytest.mark.slow
+def test_without_ray_too_time_is_a_limit_and_a_run_goes_on(config_file):
+    """As under torchrun: it stops after a step or two, saved; the same command goes on from there."""
+    options = ["train.steps=20", "evaluate.sequences=0"]
+    command = [sys.executable, "-m", "trainer", str(config_file), *options]
+    folder, reached = RunFolder(config_file.parent / "run"), [0]
+    for limit in (["run.max_seconds=0.001"], ["run.max_seconds=0.001"], []):
+        done = subprocess.run([*command, *limit], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        reached.append(int(folder.saved()[0].name.removeprefix("step-")))
+    assert 0 < reached[1] < reached[2] < 20
+    assert [line["step"] for line in read_lines(folder.metrics)] == list(range(1, 21))
