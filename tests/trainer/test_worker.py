@@ -44,7 +44,7 @@ def test_bf16_without_instructions_for_it_is_told(config_file):
 
 @pytest.mark.slow
 def test_without_ray_too_time_is_a_limit_and_a_run_goes_on(config_file):
-    """As under torchrun: it stops after a step or two, saved; the same command goes on from there."""
+    """As under torchrun: it stops after a step or two, saved; the same command goes on there."""
     options = ["train.steps=20", "evaluate.sequences=0"]
     command = [sys.executable, "-m", "trainer", str(config_file), *options]
     folder, reached = RunFolder(config_file.parent / "run"), [0]
