@@ -162,19 +162,28 @@ def mirrored(mirror: Mirror) -> Manifest | None:
         return None
 
 
-def fetch(run: RunFolder, mirror: Mirror, topology: Topology, brought: set[str]) -> bool:
+def fetch(
+    run: RunFolder,
+    mirror: Mirror,
+    topology: Topology,
+    brought: set[str],
+    wanted: str | None = None,
+) -> bool:
     """Bring the newest checkpoint of the mirror here, if none here is as new; whether it did.
 
     Of those in `brought`, to which it is added, none is brought again: it was found damaged.
+    With `wanted` that one, if it is not here.
     """
 
-    def newest() -> str | None:
+    def missing() -> str | None:
         there = [name for name in mirror.saved() if name not in brought]
+        if wanted is not None:
+            return wanted if wanted in there and not (run.checkpoints / wanted).is_dir() else None
         here = [path.name for path in run.saved()[:1]]
         newer = bool(there) and (not here or _place(there[0]) > _place(here[0]))
         return there[0] if newer else None
 
-    names = topology.gather_objects(topology.together(newest))
+    names = topology.gather_objects(topology.together(missing))
     name = names[0]
     if name is None:
         return False
@@ -189,26 +198,29 @@ def fetch(run: RunFolder, mirror: Mirror, topology: Topology, brought: set[str])
     return True
 
 
-def go_back(run: RunFolder, step: int, submitted: float) -> list[Path]:
-    """Put aside what was saved after `step`, but for what was saved since the run was submitted.
+def go_back(run: RunFolder, step: int) -> list[Path]:
+    """Put aside what was saved after `step`: the folders, by their names before.
 
-    The folders that had other names before. Raises ValueError where there is none of that step.
+    Raises ValueError where there is none of that step.
     """
-    left, wanted = [], run.checkpoint(step)
-    if not wanted.exists() and (aside := wanted.with_suffix(LEFT)).is_dir():
-        aside.rename(wanted)
-    here = run.saved()
+    wanted, here = run.checkpoint(step), run.saved()
     if not wanted.is_dir():
         names = ", ".join(path.name for path in here) or "none"
         raise ValueError(
             f"checkpoint.resume_step {step}: {run.checkpoints} has no checkpoint of that step "
             f"(it has {names})"
         )
-    for path in here:
-        later = _place(path.name) > (step, 0)
-        if later and (path / MANIFEST).stat().st_mtime < submitted:
-            left.append(_leave(path))
-    return left
+    later = [path for path in here if _place(path.name) > (step, 0)]
+    for path in later:
+        _leave(path)
+    return later
+
+
+def take_back(run: RunFolder, step: int) -> None:
+    """The checkpoint of that step, if it was put aside."""
+    wanted = run.checkpoint(step)
+    if not wanted.exists() and (aside := wanted.with_suffix(LEFT)).is_dir():
+        aside.rename(wanted)
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -245,6 +257,8 @@ def leave_bad(run: RunFolder, on_bad_step: str) -> tuple[list[Path], int]:
         return [], 0
     led = lines[-1]["manifests_sha256"]
     left = [_leave(p) for p in run.saved()[:-1] if file_sha256(p / MANIFEST) in led]
+    if left:  # once: made anew, to the bit, such a checkpoint may have led farther
+        add_line(run.bad_steps, {**lines[-1], "manifests_sha256": []})
     return left, lines[-1]["since"]
 
 

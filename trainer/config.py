@@ -139,7 +139,7 @@ class CheckpointConfig:
     every_seconds: float | None = positive(None, most=LONG)
     # lost workers per day, of all together: every_seconds is then chosen (trainer/goodput.py)
     failures_per_day: float | None = positive(None)
-    # go back to the checkpoint of this step, and put later ones aside
+    # go back to the checkpoint of this step, once, and put later ones aside
     resume_step: int | None = positive(None)
     keep: int = positive(2)  # newest checkpoints that stay on disk
     # a save that fails (a full disk): tell, and try again at the next one; or stop

@@ -37,12 +37,13 @@ def fixed_values(config: Config) -> dict[str, Any]:
 
 def resume_faults(folder: RunFolder, before: Config, now: Config) -> Iterator[Fault]:
     """(key, what is wrong) where `now` cannot go on with the run that `before` configured."""
-    manifest = folder.newest_manifest() if now.checkpoint.resume_step is None else None
+    back = now.checkpoint.resume_step
+    manifest = folder.newest_manifest() if back is None else None
     yield from faults_beside(
         now,
         f"in {folder.path}",
         fixed={name: get(before, name) for name in fixed_values(now)},
-        step=manifest["step"] if manifest else 0,
+        step=manifest["step"] if manifest else back or 0,
         data=(data_fingerprint(now), manifest["data_fingerprint"] if manifest else None),
     )
 

@@ -29,6 +29,7 @@ LINES: dict[str, tuple[str, ...]] = RISING | {
     "configurations.jsonl": ("at", "config"),
     "manifests.jsonl": ("step", "sha256"),
     "bad_steps.jsonl": ("since", "manifests_sha256", "on_bad_step"),
+    "went_back.jsonl": ("step", "asked_sha256"),
 }
 RESULT_KEYS = ("step", "loss", "bits_per_byte", "tokens", "baselines", "by_position")
 
@@ -48,6 +49,7 @@ class RunFolder:
         self.history = self.path / "configurations.jsonl"  # each that a start has changed
         self.manifests = self.path / "manifests.jsonl"  # digests of the checkpoints' manifests
         self.bad_steps = self.path / "bad_steps.jsonl"  # that ended a start, and where it stood
+        self.went_back = self.path / "went_back.jsonl"  # to checkpoint.resume_step, and who asked
         self.lock = self.path / "lock"
         self.evaluations = self.path / "evaluations.jsonl"
         self.result = self.path / "evaluation.json"  # of the last step

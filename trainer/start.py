@@ -1,9 +1,11 @@
 """What a start finds: what was changed in the run's folder, the checkpoint, what scans run on."""
 
+import hashlib
+import json
 import shutil
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -15,12 +17,13 @@ from trainer.config import Config, dump_config, load_dumped
 from trainer.data import TokenStream
 from trainer.engine import Engine
 from trainer.fixed import faults_beside
-from trainer.goodput import Submission
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.settings import get, leaves_of
-from trainer.storage import Mirror
+from trainer.storage import Mirror, place_of
 from trainer.worker import Worker
+
+OF_ONE_START = ("checkpoint.resume_step", "train.stop_after")
 
 
 def open_folder(worker: Worker) -> None:
@@ -57,7 +60,7 @@ def note_start(worker: Worker, data: TokenStream) -> list[str]:
     def write() -> None:
         try:
             changed.extend(_changes(folder, config))
-            dump_config(config, folder.config)
+            dump_config(_to_go_on_with(config), folder.config)
             for copy in (folder.data, folder.tokenizer):
                 if (original := data.folder / copy.name).exists():
                     shutil.copy(original, copy)  # with its permissions
@@ -68,10 +71,16 @@ def note_start(worker: Worker, data: TokenStream) -> list[str]:
     return changed
 
 
+def _to_go_on_with(config: Config) -> Config:
+    """Without what was asked of one start."""
+    settings = replace(config.checkpoint, resume_step=None)
+    return replace(config, checkpoint=settings, train=replace(config.train, stop_after=None))
+
+
 def _changes(folder: RunFolder, config: Config) -> list[str]:
     """Settings that are not those of the last start, old and new; the history has all of them."""
     before = load_dumped(folder.config) if folder.resumes() else None
-    names = [name for name, _ in leaves_of(Config)]
+    names = [name for name, _ in leaves_of(Config) if name not in OF_ONE_START]
     different = [n for n in names if before and get(before, n) != get(config, n)]
     if before is None or different or not folder.history.exists():
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -96,9 +105,7 @@ def redrawn(folder: RunFolder, config: Config, step: int) -> str | None:
     )
 
 
-def find_checkpoint(
-    worker: Worker, submission: Submission, data: TokenStream
-) -> tuple[Saved | None, Mirror | None]:
+def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mirror | None]:
     """The checkpoint to go on from, and where others are kept.
 
     Raises ValueError where what is there cannot be gone on from.
@@ -116,21 +123,14 @@ def find_checkpoint(
     if mirror:
         topology.on_first(partial(is_ours, mirror))
     brought: set[str] = set()
-    if settings.resume_step is not None:
-        wanted = settings.resume_step
-
-        def go_back() -> None:
-            for path in checkpoint.go_back(folder, wanted, submission.at):
-                worker.warn(f"going back to step {wanted}: {path} is put aside")
-                if mirror:
-                    mirror.withdraw(path.name)
-
-        topology.on_first(go_back)
+    if settings.resume_step is not None and not _went_back(worker, folder):
+        _go_back(worker, folder, mirror, brought)
     elif mirror:
         checkpoint.fetch(folder, mirror, topology, brought)
     if settings.resume_step is None:
 
         def leave_bad() -> None:
+            folder.went_back.unlink(missing_ok=True)
             left, since = checkpoint.leave_bad(folder, config.guard.on_bad_step)
             for path in left:
                 worker.warn(f"{path} is put aside, for it led to the bad step {since}: going back")
@@ -138,11 +138,54 @@ def find_checkpoint(
                     mirror.withdraw(path.name)
 
         topology.on_first(leave_bad)
-    others = mirror if settings.resume_step is None else None
-    saved = _newest_intact(worker, folder, others, brought)
+    saved = _newest_intact(worker, folder, mirror, brought)
     if saved:
         _check_resume(saved.manifest, f"in {config.run.dir}", config, data)
     return saved, mirror
+
+
+def _asked(config: Config) -> str:
+    """What is to be trained, of a start that goes back: not on what workers, nor for how long."""
+    asked = asdict(config)
+    for section in ("launch", "parallel", "run"):
+        del asked[section]
+    for name in ("stop_after", "micro_batch_size", "segment_len", "keep_segments"):
+        del asked["train"][name]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _went_back(worker: Worker, folder: RunFolder) -> bool:
+    """Whether the same was asked for before: it goes on then, as any command does again."""
+    config = worker.config
+    lines = worker.topology.gather_objects(read_lines(folder.went_back)[-1:])[0]
+    if not lines or lines[0]["asked_sha256"] != _asked(config):
+        return False
+    if worker.topology.first:
+        worker.warn(
+            f"checkpoint.resume_step {lines[0]['step']}: it went back there before, and goes on; "
+            f"to go back again, set something else too, or start once without it"
+        )
+    return True
+
+
+def _go_back(worker: Worker, folder: RunFolder, mirror: Mirror | None, brought: set[str]) -> None:
+    """To checkpoint.resume_step: what is later is put aside, and counts at the mirror no more."""
+    topology, wanted = worker.topology, worker.config.checkpoint.resume_step
+    assert wanted is not None
+    topology.on_first(lambda: checkpoint.take_back(folder, wanted))
+    if mirror:
+        checkpoint.fetch(folder, mirror, topology, brought, folder.checkpoint(wanted).name)
+
+    def go_back() -> None:
+        for path in checkpoint.go_back(folder, wanted):
+            worker.warn(f"going back to step {wanted}: {path} is put aside")
+        if mirror:
+            later = [n for n in mirror.saved() if (place_of(n) or (0, 0)) > (wanted, 0)]
+            for name in later:
+                mirror.withdraw(name)
+        add_line(folder.went_back, {"step": wanted, "asked_sha256": _asked(worker.config)})
+
+    topology.on_first(go_back)
 
 
 def _newest_intact(
@@ -185,6 +228,7 @@ def scan_backends(engine: Engine, worker: Worker) -> str:
 def _check_resume(manifest: Manifest, where: str, config: Config, data: TokenStream) -> None:
     """Raises ValueError where `config` cannot go on with the run that is `where`."""
     prints = data.fingerprint, manifest.data_fingerprint
-    step = manifest.step if config.checkpoint.resume_step is None else 0
+    back = config.checkpoint.resume_step
+    step = manifest.step if back is None else min(manifest.step, back)
     for key, message in faults_beside(config, where, manifest.fixed, step, prints):
         raise ValueError(f"{key} {message}")

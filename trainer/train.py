@@ -94,7 +94,7 @@ class _Run:
             self.topology.together(check_rollouts)  # now, not after the last step
         self.data, self.held_out = open_data(worker)
         open_folder(worker)
-        saved, mirror = find_checkpoint(worker, submission, self.data)
+        saved, mirror = find_checkpoint(worker, self.data)
         self.changed = note_start(worker, self.data)
         worker.pulse.now("building the model")
         self.engine = build_engine(worker, saved)

@@ -38,7 +38,7 @@ def test_settings_that_change_are_obeyed_listed_and_kept(config_file, tmp_path):
         told = " ".join(changed(again))
         assert "optim.weight_decay 0.1 -> 5.0" in told
         assert "optim.beta1 0.9 -> 0.5" in told
-        assert "train.stop_after 2 -> None" in told
+        assert "stop_after" not in told  # of one start
         history = read_lines(RunFolder(tmp_path / str(number)).history)
         assert [line["config"]["optim"]["weight_decay"] for line in history] == [0.1, 5.0]
         weights.append(figures(again))
@@ -71,44 +71,6 @@ def test_a_result_belongs_to_its_step_and_goes_with_it(config_file):
     run(config_file, 1, *BASE, "optim.learning_rate=0.1")
     assert json.loads(folder.result.read_text())["loss"] != first["loss"]
     assert [line["step"] for line in read_lines(folder.evaluations)] == [4]
-
-
-@pytest.mark.slow
-def test_going_back_to_a_step_leaves_what_came_after(config_file):
-    folder = RunFolder(config_file.parent / "run")
-    straight = run(config_file, 1, *BASE)
-    again = run(config_file, 1, *BASE, "checkpoint.resume_step=2", "train.stop_after=1")
-    assert started_at(again) == 2
-    assert any("step-000004 is put aside" in told for told in warnings(again))
-    assert [path.name for path in folder.saved()] == ["step-000003", "step-000002"]
-    third = run(config_file, 1, *BASE)
-    assert started_at(third) == 3
-    assert figures(straight)[2:] == figures(again) + figures(third)
-    with pytest.raises(AssertionError, match="has no checkpoint of that step"):
-        run(config_file, 1, *BASE, "checkpoint.resume_step=1")
-
-
-@pytest.mark.slow
-def test_a_start_after_a_nan_goes_back_beyond_what_led_there(config_file):
-    """A rate that breaks the weights in step 3; the checkpoint of step 3 has them."""
-    every = [*BASE, "checkpoint.every=1"]
-    folder = RunFolder(config_file.parent / "run")
-    straight = run(config_file, 1, *every, f"run.dir={config_file.parent / 'straight'}")
-    run(config_file, 1, *every, "train.stop_after=2")
-    broken = [*every, "optim.learning_rate=1e30"]
-    with pytest.raises(AssertionError, match="goes back to step 2, for step 3 led here"):
-        run(config_file, 1, *broken)
-    with pytest.raises(AssertionError, match=r"the (loss|gradient norm) is .* at step 4"):
-        run(config_file, 1, *every, "checkpoint.resume_step=3")
-    with pytest.raises(AssertionError, match=r"guard\.max_skips 1 steps were left out"):
-        run(config_file, 1, *every, "guard.on_bad_step=skip", "guard.max_skips=1", "train.steps=6")
-    mended = run(config_file, 1, *every)
-    assert any("step-000003 is put aside, for it led to the bad" in t for t in warnings(mended))
-    assert started_at(mended) == 2
-    assert figures(mended) == figures(straight)[2:]
-    assert (folder.checkpoints / "step-000003.left").is_dir()
-    started = run(config_file, 1, *every, "checkpoint.resume_step=3", "train.stop_after=1")
-    assert started_at(started) == 3  # that of the run that was mended
 
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "sha', '{"step": 2, "sha256": "b"}'])

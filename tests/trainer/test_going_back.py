@@ -1,0 +1,111 @@
+"""Back to an earlier checkpoint: asked for by its step, or since a later one led to a bad step."""
+
+import shutil
+
+import pytest
+
+from tests.trainer.runs import figures, run, started_at, warnings
+from trainer import checkpoint
+from trainer.checkpoint import MANIFEST
+from trainer.config import load_config, load_dumped
+from trainer.run_folder import RunFolder
+from trainer.settings import ConfigError
+from trainer.storage import Mirror
+
+BASE = ["train.steps=4", "checkpoint.every=2", "checkpoint.keep=3", "evaluate.sequences=2"]
+
+
+@pytest.mark.slow
+def test_going_back_to_a_step_leaves_what_came_after(config_file):
+    folder = RunFolder(config_file.parent / "run")
+    straight = run(config_file, 1, *BASE)
+    again = run(config_file, 1, *BASE, "checkpoint.resume_step=2", "train.stop_after=1")
+    assert started_at(again) == 2
+    assert any("step-000004 is put aside" in told for told in warnings(again))
+    assert [path.name for path in folder.saved()] == ["step-000003", "step-000002"]
+    third = run(config_file, 1, *BASE)
+    assert started_at(third) == 3
+    assert figures(straight)[2:] == figures(again) + figures(third)
+    with pytest.raises(AssertionError, match="has no checkpoint of that step"):
+        run(config_file, 1, *BASE, "checkpoint.resume_step=1")
+
+
+@pytest.mark.slow
+def test_going_back_is_done_once(config_file):
+    """The same command goes on, though the step is pruned; so does the one that a report tells."""
+    folder = RunFolder(config_file.parent / "run")
+    every = [*BASE, "checkpoint.every=1", "checkpoint.keep=2", "train.steps=6"]
+    run(config_file, 1, *every, "train.stop_after=3")
+    back = [*every, "checkpoint.resume_step=2"]
+    assert started_at(run(config_file, 1, *back, "train.stop_after=2")) == 2
+    assert [path.name for path in folder.saved()] == ["step-000004", "step-000003"]
+    again = run(config_file, 2, *back, "parallel.sp=2", "train.stop_after=1")
+    assert started_at(again) == 4
+    assert any("it went back there before, and goes on" in told for told in warnings(again))
+    assert load_dumped(folder.config).checkpoint.resume_step is None
+    assert load_dumped(folder.config).train.stop_after is None
+    other = run(config_file, 1, *every, "checkpoint.resume_step=4", "train.stop_after=1")
+    assert started_at(other) == 4  # another wish
+    run(config_file, 1, *every, "train.stop_after=1")
+    assert started_at(run(config_file, 1, *every, "checkpoint.resume_step=5")) == 5  # anew
+    with pytest.raises(ConfigError, match=r"train\.steps: 4 is below step 5"):
+        load_config(config_file, [*every, "checkpoint.resume_step=5", "train.steps=4"])
+
+
+@pytest.mark.slow
+def test_going_back_to_what_is_kept_elsewhere(config_file, tmp_path):
+    """The machine is lost with its folder; what is later there does not count any more."""
+    folder = RunFolder(config_file.parent / "run")
+    kept = [*BASE, "checkpoint.every=1", f"checkpoint.remote=file://{tmp_path}/kept"]
+    straight = run(config_file, 1, *kept)
+    shutil.rmtree(folder.path)
+    again = run(config_file, 1, *kept, "checkpoint.resume_step=3")
+    assert started_at(again) == 3
+    assert figures(again) == figures(straight)[3:]
+    shutil.rmtree(folder.path)
+    run(config_file, 1, *kept, "checkpoint.resume_step=2", "train.stop_after=1")
+    assert Mirror(f"file://{tmp_path}/kept").saved() == ["step-000003", "step-000002"]
+    shutil.rmtree(folder.path)
+    with pytest.raises(AssertionError, match="has no checkpoint of that step"):
+        run(config_file, 1, *kept, "checkpoint.resume_step=1")
+
+
+def test_what_led_to_a_bad_step_is_put_aside_once(tmp_path):
+    """Made anew it is the same to the bit, and may lead farther: a lost worker costs it nothing."""
+    folder = RunFolder(tmp_path)
+
+    def save(step: int) -> None:
+        folder.checkpoint(step).mkdir(parents=True)
+        (folder.checkpoint(step) / MANIFEST).write_text(f"of {step}")
+
+    save(5)
+    save(10)
+    checkpoint.note_bad_steps(folder, 14, "stop")
+    assert checkpoint.leave_bad(folder, "stop") == ([folder.checkpoint(10)], 14)
+    save(10)
+    assert checkpoint.leave_bad(folder, "stop") == ([], 14)
+    checkpoint.note_bad_steps(folder, 14, "stop")
+    assert checkpoint.leave_bad(folder, "stop") == ([folder.checkpoint(10)], 14)
+
+
+@pytest.mark.slow
+def test_a_start_after_a_nan_goes_back_beyond_what_led_there(config_file):
+    """A rate that breaks the weights in step 3; the checkpoint of step 3 has them."""
+    every = [*BASE, "checkpoint.every=1"]
+    folder = RunFolder(config_file.parent / "run")
+    straight = run(config_file, 1, *every, f"run.dir={config_file.parent / 'straight'}")
+    run(config_file, 1, *every, "train.stop_after=2")
+    broken = [*every, "optim.learning_rate=1e30"]
+    with pytest.raises(AssertionError, match="goes back to step 2, for step 3 led here"):
+        run(config_file, 1, *broken)
+    with pytest.raises(AssertionError, match=r"the (loss|gradient norm) is .* at step 4"):
+        run(config_file, 1, *every, "checkpoint.resume_step=3")
+    with pytest.raises(AssertionError, match=r"guard\.max_skips 1 steps were left out"):
+        run(config_file, 1, *every, "guard.on_bad_step=skip", "guard.max_skips=1", "train.steps=6")
+    mended = run(config_file, 1, *every)
+    assert any("step-000003 is put aside, for it led to the bad" in t for t in warnings(mended))
+    assert started_at(mended) == 2
+    assert figures(mended) == figures(straight)[2:]
+    assert (folder.checkpoints / "step-000003.left").is_dir()
+    started = run(config_file, 1, *every, "checkpoint.resume_step=3", "train.stop_after=1")
+    assert started_at(started) == 3  # that of the run that was mended
