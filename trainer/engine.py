@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from models.flops import parameters
 from models.scan import Recurrence
 from trainer import accumulated as gradients
 from trainer.accumulated import Share
 from trainer.checkpoint import WEIGHTS, Files, Saved
-from trainer.config import Config
+from trainer.deepspeed_settings import deepspeed_config
 from trainer.guard import weights_checksum
 from trainer.optim import build_optimizer
 from trainer.reshape import load_reshaped, needs_reshaping
@@ -38,6 +37,7 @@ from trainer.worker import Worker
 
 OBEYED = ("betas", "eps", "weight_decay")  # settings of an optimizer's groups
 TAG = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
+MANY = 16  # backwards of a step, beyond which a sum in bf16 is not to be relied on
 
 
 @cache
@@ -70,37 +70,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's own dictionary, derived from ours and never written by hand."""
-    stage = config.deepspeed.zero_stage
-    # The default allocates 2 GB for gradients on their way, however small the model.
-    bucket = min(500_000_000, parameters(config.model))
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
-    if stage == 3:
-        # The default reduces into shards by dividing by dp * sp, sp times too much for sequences.
-        zero["reduce_scatter"] = False
-        # The default replaces torch.nn.functional.linear in the whole process, for good.
-        zero["memory_efficient_linear"] = False
-        zero["stage3_param_persistence_threshold"] = config.deepspeed.persistence_threshold
-    derived: dict[str, Any] = {
-        # counted over dp alone: the ranks of one sequence share its samples
-        "train_batch_size": config.train.batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optim.clip,  # DeepSpeed's default is 1.0, so always said
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-    }
-    if config.train.dtype == "bf16":
-        derived["bf16"] = {"enabled": True}
-        if stage >= 2:
-            # gradients are summed and sent in fp32; stages 0 and 1 only do so in bf16
-            derived["data_types"] = {"grad_accum_dtype": "fp32"}
-            derived["communication_data_type"] = "fp32"
-            derived["seq_parallel_communication_data_type"] = "fp32"
-    return derived
-
-
 class Engine:
     """A model wrapped by DeepSpeed: forward, backward, step, save; loaded where there is a resume.
 
@@ -125,6 +94,15 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=topology, config=derived, dist_init_required=False
         )
+        if config.deepspeed.zero_stage == 0 and config.train.dtype == "bf16":
+            for parameter in self._engine.module.parameters():
+                parameter.grad_dtype = torch.float32  # to which thousands of segments may add
+        backwards = config.accumulation * config.plan.segments
+        if config.deepspeed.zero_stage == 1 and config.train.dtype == "bf16" and backwards > MANY:
+            worker.warn(
+                f"deepspeed.zero_stage 1 adds the gradients of {backwards} backwards of a step in "
+                f"bf16, which is off by percents: set 2, which adds them in fp32"
+            )
         if config.deepspeed.zero_stage == 3:
             offload = self._engine.optimizer.parameter_offload
             _unrecorded(offload.get_param_coordinator())

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.distributed import run_distributed
 from trainer.config import Config, load_config
-from trainer.engine import Engine, deepspeed_config
+from trainer.deepspeed_settings import deepspeed_config
+from trainer.engine import Engine
 from trainer.worker import Worker
 
 
@@ -15,7 +16,7 @@ def _told(config_file, *overrides: str) -> dict:
 
 
 def test_settings_that_differ_from_deepspeeds_defaults(config_file):
-    """Each closes a trap: TRAPS are in engine.py."""
+    """Each closes a trap."""
     plain = _told(config_file, "launch.workers=2", "parallel.sp=2")
     assert plain["gradient_clipping"] == 0.5
     assert plain["train_batch_size"] == 2  # sequences, counted over dp alone
@@ -28,7 +29,9 @@ def test_settings_that_differ_from_deepspeeds_defaults(config_file):
     second = _told(config_file, "deepspeed.zero_stage=2", "train.dtype=bf16")
     assert second["bf16"] == {"enabled": True}
     assert second["communication_data_type"] == "fp32"
-    assert "communication_data_type" not in _told(config_file, "train.dtype=bf16")
+    assert _told(config_file, "train.dtype=bf16")["communication_data_type"] == "fp32"
+    first = _told(config_file, "deepspeed.zero_stage=1", "train.dtype=bf16")
+    assert "communication_data_type" not in first
 
 
 class _Product(nn.Module):

@@ -284,20 +284,6 @@ def test_a_streamed_run_equals_plain_torch(config_file, plain, ranks, sp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_streamed_run_in_bf16_is_the_whole_one_to_rounding(config_file, stage):
-    """Carries stay fp32; the halo's gradient is rounded as it is within a sequence."""
-    options = [*HYBRID, "train.dtype=bf16", f"deepspeed.zero_stage={stage}", "parallel.sp=2"]
-    found = []
-    for name, cut in (("whole", "train.segment_len=192"), ("cut", CUT)):
-        found.append(
-            figures(run(config_file, 2, *options, cut, f"run.dir={config_file.parent / name}"))
-        )
-    for got, want in zip(*found, strict=True):
-        assert got == pytest.approx(want, rel=5e-3)
-
-
-@pytest.mark.slow
 def test_masks_of_dropout_are_those_of_the_way_there(config_file):
     """Run once or twice, a segment drops the same; other segments drop others."""
     options = [CUT, "model.dropout=0.3", "evaluate.sequences=0"]
