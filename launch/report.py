@@ -269,10 +269,10 @@ def _plot(run: _Record) -> None:
     metrics, evaluations, result = run.metrics, run.evaluations, run.result
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot([m["tokens"] for m in metrics], [m["loss"] for m in metrics], lw=1, label="training")
-    per_step = metrics[-1]["tokens"] / metrics[-1]["step"]
     if evaluations:
-        steps = [e["step"] * per_step for e in evaluations]
-        left.plot(steps, [e["loss"] for e in evaluations], "o-", label="held out")
+        tokens = {m["step"]: m["tokens"] for m in metrics}
+        points = [(tokens[e["step"]], e["loss"]) for e in evaluations if e["step"] in tokens]
+        left.plot([x for x, _ in points], [y for _, y in points], "o-", label="held out")
     if result:
         for (name, row), style in zip(result["baselines"].items(), (":", "--"), strict=False):
             left.axhline(row["loss"], color="gray", ls=style, lw=1, label=name)

@@ -43,9 +43,10 @@ class Streamed:
     run: int
     of: int
     seconds: float
+    share: float  # of the step's work, above 0: the way back is about three times the way there
 
     def __str__(self) -> str:
-        left = self.seconds / self.run * (self.of - self.run)
+        left = self.seconds / self.share * (1 - self.share)
         return f"step {self.step}: segment {self.run:,} of {self.of:,}, {left:,.0f} s left"
 
 

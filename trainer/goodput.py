@@ -46,6 +46,11 @@ class Goodput:
         self._same = same
         self._told = False
 
+    def take_up(self, seconds: float) -> None:
+        """A step goes on that had taken so long: of another submission, that is no line's yet."""
+        if not self._same:
+            self._base, self._down_since = self._base + seconds, self._down_since + seconds
+
     def elapsed(self) -> float:
         """Seconds since the run was submitted, without the time between submissions."""
         return self._base + max(0.0, time.time() - self._submission.at)

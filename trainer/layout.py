@@ -64,3 +64,11 @@ class Plan:
         """The segments in the order in which they are read."""
         there = list(range(self.segments))
         return there if self.truncate else [*there, *reversed(there[: -self.keep])]
+
+    def work(self, reads: int) -> int:
+        """Of so many of them, in forwards: a backward is two, and comes last to those kept."""
+        there = min(reads, self.segments)
+        if self.truncate:
+            return 3 * there
+        turned = 2 * self.keep if reads >= self.segments else 0
+        return there + turned + 3 * (reads - there)

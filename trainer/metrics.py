@@ -80,7 +80,7 @@ class MetricsWriter:
 
     def streamed(self, event: Streamed) -> None:
         """How far a step is: TensorBoard shows it over the time."""
-        self._board.add_scalar("time/share_of_step", event.run / event.of, event.step)
+        self._board.add_scalar("time/share_of_step", event.share, event.step)
 
     def evaluated(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """The held-out loss, beside that of training."""
@@ -106,6 +106,10 @@ class RunRecord:
         train, last = worker.config.train, read_lines(self._folder.metrics)[-1:]
         known = last[0].get("tokens") if last and last[0]["step"] == step else None
         self._tokens = step * train.batch_size * train.seq_len if known is None else known
+
+    def take_up(self, seconds: float) -> None:
+        """A step goes on amid which the run was stopped, after so long."""
+        self._goodput.take_up(seconds)
 
     def history(self, count: int) -> tuple[list[float | None], int]:
         """The losses of the last steps that were taken, and how many steps were left out."""

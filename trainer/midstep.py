@@ -60,8 +60,12 @@ class Midstep:
         """Rank 0 reports now and then, and hears what is asked."""
         now, config = time.monotonic(), self.worker.config
         if self.runs and now - self.told > TELL_SECONDS:
-            self.told, of = now, len(config.plan.reads) * config.accumulation
-            event = Streamed(self.step + 1, self.runs, of, self.seconds)
+            plan, self.told = config.plan, now
+            of, whole = len(plan.reads), plan.work(len(plan.reads))
+            work = self.micro_batch * whole + plan.work(self.here.reads)
+            share = work / (whole * config.accumulation)
+            amid = self.step + 1, self.runs, of * config.accumulation
+            event = Streamed(*amid, self.seconds, share)
             self.asked = self.worker.tell(event)
             self.show(event)
 

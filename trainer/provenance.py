@@ -11,12 +11,14 @@ from pathlib import Path
 @cache
 def commit() -> str:
     """Of the code that measures, as it was when this was first asked."""
-    root = str(Path(__file__).parents[1])
-    git = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # nor of a repository around the environment it is in
+        return "unknown"  # a working directory that Ray has uploaded, an installed package
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # a working directory that Ray has uploaded
+        return "unknown"
 
 
 def hardware(use_gpu: bool) -> str:

@@ -104,6 +104,19 @@ def test_steps_that_were_left_out_are_of_no_use_after_a_restart_either(tmp_path)
     assert goodput.count(0.0, 1)["goodput"] == pytest.approx(0.5, rel=0.01)
 
 
+def test_a_step_that_another_command_goes_on_with_is_counted_whole(tmp_path, monkeypatch):
+    """Its time was somebody's: the goodput is no more than what was useful of it."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    folder = RunFolder(tmp_path)
+    goodput = Goodput(folder, Submission("second", 1000.0), 0, "a machine")
+    goodput.take_up(300.0)
+    clock[0] += 200
+    line = goodput.count(400.0, 1)  # of which 100 were this one's
+    assert line["elapsed_seconds"] == 500
+    assert line["goodput"] == pytest.approx(0.8)
+
+
 def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
     """10 steps of a second, 4 lost, back after 20 s; then another day's submission."""
     clock = [1000.0]

@@ -24,15 +24,30 @@ def test_a_shard_by_hand():
     assert layout.held(2) == range(76, 82)  # the last is shorter
 
 
+READS = [
+    (Plan(1), [0]),
+    (Plan(4), [0, 1, 2, 3, 2, 1, 0]),
+    (Plan(4, keep=3), [0, 1, 2, 3, 0]),
+    (Plan(4, keep=4), [0, 1, 2, 3]),
+    (Plan(4, truncate=True), [0, 1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("plan", "reads"), READS)
+def test_the_way_back_is_three_times_the_way_there(plan, reads):
+    """In forwards; of kept segments the backward alone is left, at the turn."""
+    work = [plan.work(n) for n in range(len(reads) + 1)]
+    kept = plan.segments if plan.truncate else plan.keep
+    assert work[0] == 0
+    assert work[-1] == 3 * plan.segments + (plan.segments - min(kept, plan.segments))
+    assert work == sorted(work)
+    if plan == Plan(4):
+        assert work == [0, 1, 2, 3, 6, 9, 12, 15]
+
+
 @pytest.mark.parametrize(
     ("plan", "reads"),
-    [
-        (Plan(1), [0]),
-        (Plan(4), [0, 1, 2, 3, 2, 1, 0]),
-        (Plan(4, keep=3), [0, 1, 2, 3, 0]),
-        (Plan(4, keep=4), [0, 1, 2, 3]),
-        (Plan(4, truncate=True), [0, 1, 2, 3]),
-    ],
+    READS,
 )
 def test_segments_are_read_there_and_back(plan, reads):
     assert plan.reads == reads
