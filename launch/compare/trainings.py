@@ -95,7 +95,7 @@ class _Attempt:
                 raise _Stopped
             name = self._name(label, config)
             folder = Path(config.run.dir).name
-            self.show(f"training {name} on {self.task}: {config.train.steps} steps, in {folder}")
+            self.show(f"training {name} on {self.task}, in {folder}")
             try:
                 if not self.train(config):
                     raise _Stopped
@@ -110,7 +110,7 @@ class _Attempt:
         name = f"{label} at learning rate {config.optim.learning_rate:g}, seed {config.run.seed}"
         steps = config.train.steps
         whole = self.comparison.tasks[self.task][label].config.train.steps
-        return name if steps == whole else f"{name}, {steps} steps"  # in equal time
+        return name if steps == whole else f"{name}, {steps} of {whole} steps"  # in equal time
 
 
 def _pace(config: Config) -> float:

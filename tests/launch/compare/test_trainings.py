@@ -98,7 +98,7 @@ def test_trainings_run_side_by_side_and_find_the_same(comparison_file, gang):
 
     begun: list[str] = []
     assert run_comparison(comparison, begun.append, stopped, lambda: asked[0]) is None
-    assert sum(" on text: " in shown for shown in begun) == 3
+    assert sum(" on text, in " in shown for shown in begun) == 3
     side_by_side = run_comparison(comparison, lambda _: None, train, lambda: False)
     overrides += ["compare.at_once=1", f"compare.dir={comparison.settings.dir}-1"]
     alone = load_comparison(comparison_file, overrides)
