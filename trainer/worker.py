@@ -64,18 +64,24 @@ class Worker:
     def read_together(self, read: Callable[[], T], *flags: bool) -> tuple[T, list[bool]]:
         """What `read` gives on each worker, and whether any raised each of the flags.
 
-        All raise the same DataError where one cannot read.
+        All raise the same DataError where one cannot read; what nobody foresaw is a RuntimeError on
+        the others, that they do not wait for it.
         """
-        value, fault = None, None
+        value, fault, unforeseen = None, None, None
         try:
             value = read()
         except DataError as error:
             fault = str(error)
+        except Exception as error:
+            fault, unforeseen = f"{type(error).__name__}: {error}", error
         mine = torch.tensor([fault is not None, *flags], device=self.device)
         failed, *raised = self.topology.gather(mine.int()).any(0).tolist()
         if failed:
-            faults = sorted({f for f in self.topology.gather_objects(fault) if f})
-            raise DataError("\n".join(faults))
+            told = self.topology.gather_objects((fault, unforeseen is not None))
+            if unforeseen:
+                raise unforeseen
+            kind = RuntimeError if any(surprise for _, surprise in told) else DataError
+            raise kind("\n".join(sorted({fault for fault, _ in told if fault})))
         return cast(T, value), raised
 
 

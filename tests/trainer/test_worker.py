@@ -8,10 +8,13 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from data_prep.blocks import DataError
 from tests.distributed import run_distributed
 from tests.trainer.runs import train_here, warnings
 from trainer import train as train_module
+from trainer.config import load_config
 from trainer.run_folder import RunFolder, read_lines
+from trainer.worker import Worker
 
 
 def _listening() -> set[str]:
@@ -23,6 +26,35 @@ def _listening() -> set[str]:
 def test_local_workers_listen_on_loopback_alone():
     """Neither the store nor gloo is to be reached from another machine."""
     assert run_distributed(_listening, 2, fresh=True) == [{"127.0.0.1"}] * 2
+
+
+def _read(config_file: Path, error: type[Exception]) -> str:
+    """What a rank is told where the last one cannot read."""
+    worker = Worker.join(load_config(config_file, ["parallel.sp=1"], workers=2))
+
+    def read() -> int:
+        if worker.topology.rank == 1:
+            raise error("the disk is gone")
+        return 7
+
+    try:
+        return str(worker.read_together(read))
+    except Exception as told:
+        return f"{type(told).__name__}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError, ["DataError: the disk is gone"] * 2),
+        (
+            MemoryError,
+            ["RuntimeError: MemoryError: the disk is gone", "MemoryError: the disk is gone"],
+        ),
+    ],
+)
+def test_no_worker_waits_for_one_that_cannot_read(config_file, error, told):
+    assert run_distributed(_read, 2, config_file, error) == told
 
 
 def _told(config_file: Path) -> list[int]:
