@@ -6,6 +6,7 @@ Pure: `attempt` trains some runs, in whatever order, and says what each held out
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 
 from launch.compare.file import Trainings
 from trainer.config import Config
@@ -22,22 +23,38 @@ class Search:
     trainings: dict[str, Trainings]
     attempt: Attempt
     ran: dict[str, list[Config]] = field(default_factory=dict)
-    losses: dict[str, dict[float, float]] = field(default_factory=dict)  # by learning rate
+    # by mixer and learning rate, those of the seeds so far
+    found: dict[str, dict[float, list[float]]] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, dict[float, float]]:
+        """By mixer and learning rate, the median over seeds so far."""
+        return {
+            label: {rate: median(losses) for rate, losses in tried.items()}
+            for label, tried in self.found.items()
+        }
 
     def run(self, more_rates: int) -> None:
-        """All rates with one seed, more where the best is at an edge; other seeds at the best."""
+        """All rates with one seed, more where the best is at an edge; other seeds at the best.
+
+        Where these make another rate the better one, it has them too: the first seed of a rate
+        that has all may have been lucky.
+        """
         each = self.trainings
         rates = zip(*(mixer.rates for mixer in each.values()), strict=True)
         self._try([pair for of_all in rates for pair in zip(each, of_all, strict=True)])
         for _ in range(more_rates):
             further = {label: beyond(tried) for label, tried in self.losses.items()}
             self._try([(label, rate) for label, rate in further.items() if rate is not None])
-        seeds = zip(*(mixer.seeds[1:] for mixer in each.values()), strict=True)
-        others = [pair for of_all in seeds for pair in zip(each, of_all, strict=True)]
-        self._train([(label, each[label].at(self.best(label), seed)) for label, seed in others])
+        while lacking := [
+            (label, self.best(label), seed)
+            for label, mixer in each.items()
+            for seed in mixer.seeds[len(self.found[label][self.best(label)]) :]
+        ]:
+            self._train(sorted(lacking, key=lambda run: each[run[0]].seeds.index(run[2])))
 
     def best(self, label: str) -> float:
-        """The learning rate that did best with the first seed."""
+        """The learning rate that did best, by the median over its seeds so far."""
         tried = self.losses[label]
         return min(tried, key=lambda rate: tried[rate])
 
@@ -60,18 +77,16 @@ class Search:
         return finished | shorter
 
     def _try(self, pairs: list[tuple[str, float]]) -> None:
-        """Mixers at rates."""
-        runs = [
-            (label, self.trainings[label].at(rate, self.trainings[label].seeds[0]))
-            for label, rate in pairs
-        ]
-        for (label, rate), loss in zip(pairs, self._train(runs), strict=True):
-            self.losses.setdefault(label, {})[rate] = loss
+        """Mixers at rates, with the first seed."""
+        self._train([(label, rate, self.trainings[label].seeds[0]) for label, rate in pairs])
 
-    def _train(self, runs: list[tuple[str, Config]]) -> list[float]:
-        for label, config in runs:
+    def _train(self, runs: list[tuple[str, float, int]]) -> None:
+        """Mixers at rates and seeds."""
+        configs = [(label, self.trainings[label].at(rate, seed)) for label, rate, seed in runs]
+        for label, config in configs:
             self.ran.setdefault(label, []).append(config)
-        return self.attempt(runs)
+        for (label, rate, _), loss in zip(runs, self.attempt(configs), strict=True):
+            self.found.setdefault(label, {}).setdefault(rate, []).append(loss)
 
 
 def beyond(tried: dict[float, float]) -> float | None:

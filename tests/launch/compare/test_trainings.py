@@ -141,6 +141,30 @@ def test_rates_go_on_until_the_best_lies_inside(comparison_file, gang, tmp_path)
     assert "text: mingru+window did best at" not in page
 
 
+def test_a_first_seed_that_was_lucky_decides_nothing(comparison_file, gang, tmp_path):
+    """The rate that is better over all seeds counts, and has had all of them."""
+    overrides = ["compare.learning_rates=[1e-3,2e-3,4e-3]", "compare.seeds=[0,1,2]"]
+    overrides += ["compare.lengths=[64]", "compare.mixers=[mingru]"]
+    comparison = load_comparison(comparison_file, overrides)
+
+    def train(config: Config) -> bool:
+        _train(config)
+        rate, lucky = config.optim.learning_rate, config.run.seed == 0
+        loss = {1e-3: 2.5, 2e-3: 1.0 if lucky else 3.0, 4e-3: 2.0}[rate] + config.run.seed / 100
+        path = Path(config.run.dir) / "evaluation.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "loss": loss}))
+        return True
+
+    results = run_comparison(comparison, lambda _: None, train, lambda: False)
+    assert results
+    runs = by_rate(results.tasks["text"]["mingru"])
+    assert {rate: len(same) for rate, same in runs.items()} == {1e-3: 1, 2e-3: 3, 4e-3: 3}
+    write_comparison(tmp_path / "out", results)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| held-out loss, nats per token | 2.0100 (2.0000 to 2.0200) |" in page
+    assert "| learning rate | 0.004 |" in page
+
+
 def test_the_next_rate():
     assert beyond({1e-3: 2.0, 3e-3: 1.0}) == 9e-3
     assert beyond({1e-3: 1.0, 3e-3: 2.0}) == 3.33e-4
