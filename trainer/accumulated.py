@@ -45,6 +45,8 @@ def _of_parameters(engine: Any) -> Share:
 
 def _put_parameters(engine: Any, share: Share) -> None:
     for parameter, gradient in zip(engine.module.parameters(), share, strict=True):
+        if gradient is not None and _place(engine) == "grad":
+            gradient = gradient.to(parameter.grad_dtype or parameter.dtype)  # as others saved it
         setattr(parameter, _place(engine), gradient)
 
 

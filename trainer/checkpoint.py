@@ -163,11 +163,7 @@ def mirrored(mirror: Mirror) -> Manifest | None:
 
 
 def fetch(
-    run: RunFolder,
-    mirror: Mirror,
-    topology: Topology,
-    brought: set[str],
-    wanted: str | None = None,
+    run: RunFolder, mirror: Mirror, topology: Topology, brought: set[str], wanted: str | None = None
 ) -> bool:
     """Bring the newest checkpoint of the mirror here, if none here is as new; whether it did.
 
@@ -216,11 +212,13 @@ def go_back(run: RunFolder, step: int) -> list[Path]:
     return later
 
 
-def take_back(run: RunFolder, step: int) -> None:
-    """The checkpoint of that step, if it was put aside."""
+def take_back(run: RunFolder, step: int) -> bool:
+    """Take the checkpoint of that step back, if it was put aside; whether it was."""
     wanted = run.checkpoint(step)
-    if not wanted.exists() and (aside := wanted.with_suffix(LEFT)).is_dir():
+    aside = wanted.with_suffix(LEFT)
+    if found := not wanted.exists() and aside.is_dir():
         aside.rename(wanted)
+    return found
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -46,9 +46,12 @@ class Goodput:
         self._same = same
         self._told = False
 
-    def take_up(self, seconds: float) -> None:
-        """A step goes on that had taken so long: of another submission, that is no line's yet."""
-        if not self._same:
+    def take_up(self, seconds: float, saved_at: float) -> None:
+        """A step goes on that had taken so long when it was saved, at `saved_at` since 1970.
+
+        Of another submission, that time is in no line yet.
+        """
+        if not self._same and saved_at < self._submission.at:
             self._base, self._down_since = self._base + seconds, self._down_since + seconds
 
     def elapsed(self) -> float:

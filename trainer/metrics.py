@@ -107,9 +107,9 @@ class RunRecord:
         known = last[0].get("tokens") if last and last[0]["step"] == step else None
         self._tokens = step * train.batch_size * train.seq_len if known is None else known
 
-    def take_up(self, seconds: float) -> None:
+    def take_up(self, seconds: float, saved_at: float) -> None:
         """A step goes on amid which the run was stopped, after so long."""
-        self._goodput.take_up(seconds)
+        self._goodput.take_up(seconds, saved_at)
 
     def history(self, count: int) -> tuple[list[float | None], int]:
         """The losses of the last steps that were taken, and how many steps were left out."""

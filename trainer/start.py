@@ -1,7 +1,5 @@
 """What a start finds: what was changed in the run's folder, the checkpoint, what scans run on."""
 
-import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -11,7 +9,7 @@ from functools import partial
 import torch
 
 from models.scan import choose_backend
-from trainer import checkpoint
+from trainer import checkpoint, going_back
 from trainer.checkpoint import Manifest, Saved
 from trainer.config import Config, dump_config, load_dumped
 from trainer.data import TokenStream
@@ -20,7 +18,7 @@ from trainer.fixed import faults_beside
 from trainer.optim import learning_rate
 from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.settings import get, leaves_of
-from trainer.storage import Mirror, place_of
+from trainer.storage import Mirror
 from trainer.worker import Worker
 
 OF_ONE_START = ("checkpoint.resume_step", "train.stop_after")
@@ -123,69 +121,40 @@ def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mi
     if mirror:
         topology.on_first(partial(is_ours, mirror))
     brought: set[str] = set()
-    if settings.resume_step is not None and not _went_back(worker, folder):
-        _go_back(worker, folder, mirror, brought)
-    elif mirror:
-        checkpoint.fetch(folder, mirror, topology, brought)
-    if settings.resume_step is None:
-
-        def leave_bad() -> None:
-            folder.went_back.unlink(missing_ok=True)
-            left, since = checkpoint.leave_bad(folder, config.guard.on_bad_step)
-            for path in left:
-                worker.warn(f"{path} is put aside, for it led to the bad step {since}: going back")
-                if mirror:
-                    mirror.withdraw(path.name)
-
-        topology.on_first(leave_bad)
-    saved = _newest_intact(worker, folder, mirror, brought)
+    wish = settings.resume_step is not None
+    note = going_back.went_back(worker, folder, mirror) if wish else None
+    if wish and note is None:
+        left = going_back.go_back(worker, folder, mirror, brought)
+        try:
+            saved = _newest_intact(worker, folder, None, brought)
+        except ValueError:
+            saved = None
+        going_back.settle(worker, folder, mirror, saved, left)
+    else:
+        if mirror:
+            checkpoint.fetch(folder, mirror, topology, brought)
+        _leave_bad(worker, folder, mirror, note["bad_steps"] if note else 0)
+        saved = _newest_intact(worker, folder, mirror, brought)
     if saved:
         _check_resume(saved.manifest, f"in {config.run.dir}", config, data)
     return saved, mirror
 
 
-def _asked(config: Config) -> str:
-    """What is to be trained, of a start that goes back: not on what workers, nor for how long."""
-    asked = asdict(config)
-    for section in ("launch", "parallel", "run"):
-        del asked[section]
-    for name in ("stop_after", "micro_batch_size", "segment_len", "keep_segments"):
-        del asked["train"][name]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+def _leave_bad(worker: Worker, folder: RunFolder, mirror: Mirror | None, known: int) -> None:
+    """Put aside what led to a bad step that ended the run; but for the first `known` of them."""
 
+    def leave() -> None:
+        if worker.config.checkpoint.resume_step is None:
+            going_back.forget(folder, mirror)
+        if len(read_lines(folder.bad_steps)) <= known:
+            return
+        left, since = checkpoint.leave_bad(folder, worker.config.guard.on_bad_step)
+        for path in left:
+            worker.warn(f"{path} is put aside, for it led to the bad step {since}: going back")
+            if mirror:
+                mirror.withdraw(path.name)
 
-def _went_back(worker: Worker, folder: RunFolder) -> bool:
-    """Whether the same was asked for before: it goes on then, as any command does again."""
-    config = worker.config
-    lines = worker.topology.gather_objects(read_lines(folder.went_back)[-1:])[0]
-    if not lines or lines[0]["asked_sha256"] != _asked(config):
-        return False
-    if worker.topology.first:
-        worker.warn(
-            f"checkpoint.resume_step {lines[0]['step']}: it went back there before, and goes on; "
-            f"to go back again, set something else too, or start once without it"
-        )
-    return True
-
-
-def _go_back(worker: Worker, folder: RunFolder, mirror: Mirror | None, brought: set[str]) -> None:
-    """To checkpoint.resume_step: what is later is put aside, and counts at the mirror no more."""
-    topology, wanted = worker.topology, worker.config.checkpoint.resume_step
-    assert wanted is not None
-    topology.on_first(lambda: checkpoint.take_back(folder, wanted))
-    if mirror:
-        checkpoint.fetch(folder, mirror, topology, brought, folder.checkpoint(wanted).name)
-
-    def go_back() -> None:
-        for path in checkpoint.go_back(folder, wanted):
-            worker.warn(f"going back to step {wanted}: {path} is put aside")
-        if mirror:
-            later = [n for n in mirror.saved() if (place_of(n) or (0, 0)) > (wanted, 0)]
-            for name in later:
-                mirror.withdraw(name)
-        add_line(folder.went_back, {"step": wanted, "asked_sha256": _asked(worker.config)})
-
-    topology.on_first(go_back)
+    worker.topology.on_first(leave)
 
 
 def _newest_intact(

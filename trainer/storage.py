@@ -106,9 +106,26 @@ class Mirror:
         return [name for _, name in sorted(each for each in places if each[0])[::-1]]
 
     def withdraw(self, name: str) -> None:
-        """A checkpoint that does not count any more."""
+        """A checkpoint that does not count any more: one of its name may have fewer files."""
         if self._try(self._files.exists, self._path(name, MANIFEST)):
             self._try(self._files.rm_file, self._path(name, MANIFEST))
+            self._try(self._files.rm, self._path(name), recursive=True)
+
+    def keep_note(self, name: str, text: str) -> None:
+        """A small file beside the checkpoints."""
+        self._try(self._files.makedirs, self._root, exist_ok=True)
+        self._try(self._files.pipe_file, self._path(name), text.encode())
+
+    def note(self, name: str) -> str | None:
+        """What was kept, if it was."""
+        self._files.invalidate_cache()
+        if not self._try(self._files.exists, self._path(name)):
+            return None
+        return str(self._try(self._files.cat_file, self._path(name)).decode())
+
+    def forget_note(self, name: str) -> None:
+        if self._try(self._files.exists, self._path(name)):
+            self._try(self._files.rm_file, self._path(name))
 
     def files(self, name: str) -> list[str]:
         """Of a checkpoint, by their names in it."""

@@ -123,8 +123,8 @@ class _Run:
         data = now.config.data
         self.reader = SequenceReader(self.data, now.layout, data.reset_state, data.shift)
         self.midstep = resume(now, saved, self.engine)  # of an earlier start
-        if self.midstep and self.record:
-            self.record.take_up(self.midstep.seconds)
+        if saved and self.midstep and self.record:
+            self.record.take_up(self.midstep.seconds, saved.folder.stat().st_mtime)
         done = self.midstep.done if self.midstep else (0, 0)
         if saved and self.midstep is None and saved.manifest.runs:
             self.saved_at = None  # of a step that is begun anew

@@ -4,7 +4,7 @@ Pure: `attempt` trains some runs, in whatever order, and says what each held out
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -28,9 +28,12 @@ class Search:
 
     @property
     def losses(self) -> dict[str, dict[float, float]]:
-        """By mixer and learning rate, the median over seeds so far."""
+        """By mixer and learning rate, the median over seeds so far; infinite where one was lost."""
         return {
-            label: {rate: median(losses) for rate, losses in tried.items()}
+            label: {
+                rate: median(losses) if all(map(math.isfinite, losses)) else math.inf
+                for rate, losses in tried.items()
+            }
             for label, tried in self.found.items()
         }
 
@@ -43,15 +46,25 @@ class Search:
         each = self.trainings
         rates = zip(*(mixer.rates for mixer in each.values()), strict=True)
         self._try([pair for of_all in rates for pair in zip(each, of_all, strict=True)])
-        for _ in range(more_rates):
-            further = {label: beyond(tried) for label, tried in self.losses.items()}
-            self._try([(label, rate) for label, rate in further.items() if rate is not None])
-        while lacking := [
-            (label, self.best(label), seed)
-            for label, mixer in each.items()
-            for seed in mixer.seeds[len(self.found[label][self.best(label)]) :]
-        ]:
-            self._train(sorted(lacking, key=lambda run: each[run[0]].seeds.index(run[2])))
+        left = dict.fromkeys(each, more_rates)
+        while runs := [*self._further(left)] or [*self._lacking()]:
+            self._train(runs)
+
+    def _further(self, left: dict[str, int]) -> Iterator[tuple[str, float, int]]:
+        """The next rates of the mixers whose best lies at an edge, and which have some left."""
+        for label, tried in self.losses.items():
+            if left[label] and (rate := beyond(tried)) is not None:
+                left[label] -= 1
+                yield label, rate, self.trainings[label].seeds[0]
+
+    def _lacking(self) -> list[tuple[str, float, int]]:
+        """The seeds that the mixers' best rates have not had, all mixers' second before a third."""
+        return [
+            (label, self.best(label), seeds[place])
+            for place in range(max(len(mixer.seeds) for mixer in self.trainings.values()))
+            for label, seeds in ((name, each.seeds) for name, each in self.trainings.items())
+            if len(self.found[label][self.best(label)]) <= place < len(seeds)
+        ]
 
     def best(self, label: str) -> float:
         """The learning rate that did best, by the median over its seeds so far."""

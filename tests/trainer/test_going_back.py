@@ -6,9 +6,9 @@ import pytest
 
 from tests.trainer.runs import figures, run, started_at, warnings
 from trainer import checkpoint
-from trainer.checkpoint import MANIFEST
+from trainer.checkpoint import MANIFEST, WEIGHTS
 from trainer.config import load_config, load_dumped
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, read_lines
 from trainer.settings import ConfigError
 from trainer.storage import Mirror
 
@@ -68,6 +68,53 @@ def test_going_back_to_what_is_kept_elsewhere(config_file, tmp_path):
     shutil.rmtree(folder.path)
     with pytest.raises(AssertionError, match="has no checkpoint of that step"):
         run(config_file, 1, *kept, "checkpoint.resume_step=1")
+
+
+@pytest.mark.slow
+def test_a_wanted_checkpoint_that_is_damaged_costs_nothing(config_file, tmp_path):
+    """What is later stays, here and elsewhere; it is told, and told again."""
+    folder = RunFolder(config_file.parent / "run")
+    kept = [*BASE, f"checkpoint.remote=file://{tmp_path}/kept"]
+    run(config_file, 1, *kept)
+    (folder.checkpoint(2) / WEIGHTS).write_bytes(b"damaged")
+    shutil.rmtree(tmp_path / "kept" / "step-000002")
+    for said in ("the checkpoint of that step is damaged", "has no checkpoint of that step"):
+        with pytest.raises(AssertionError, match=said):
+            run(config_file, 1, *kept, "checkpoint.resume_step=2")
+        assert [path.name for path in folder.saved()] == ["step-000004"]
+        assert Mirror(f"file://{tmp_path}/kept").saved() == ["step-000004"]
+    assert [line["step"] for line in read_lines(folder.metrics)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_where_the_machine_was_lost_too(config_file, tmp_path):
+    folder = RunFolder(config_file.parent / "run")
+    every = [*BASE, "checkpoint.every=1", "checkpoint.keep=2", "train.steps=6"]
+    every += [f"checkpoint.remote=file://{tmp_path}/kept"]
+    run(config_file, 1, *every, "train.stop_after=3")
+    back = [*every, "checkpoint.resume_step=2"]
+    assert started_at(run(config_file, 1, *back, "train.stop_after=3")) == 2
+    shutil.rmtree(folder.path)
+    assert started_at(run(config_file, 1, *back, "train.stop_after=1")) == 5
+    shutil.rmtree(folder.path)
+    run(config_file, 1, *every)  # another wish: none
+    with pytest.raises(AssertionError, match="has no checkpoint of that step"):
+        run(config_file, 1, *back)
+
+
+@pytest.mark.slow
+def test_after_going_back_what_leads_to_a_bad_step_is_put_aside_too(config_file):
+    """The weights of step 3 are broken; the same command goes back beyond them, as it is told."""
+    folder = RunFolder(config_file.parent / "run")
+    every = [*BASE, "checkpoint.every=1", "checkpoint.keep=4"]
+    run(config_file, 1, *every, "train.stop_after=2")
+    back = [*every, "checkpoint.resume_step=1", "optim.learning_rate=1e30"]
+    with pytest.raises(AssertionError, match="goes back to step"):
+        run(config_file, 1, *back)
+    newest = folder.saved()[0]
+    with pytest.raises(AssertionError, match=r"the (loss|gradient norm) is"):
+        run(config_file, 1, *back)
+    assert newest.with_suffix(".left").is_dir()
 
 
 def test_what_led_to_a_bad_step_is_put_aside_once(tmp_path):

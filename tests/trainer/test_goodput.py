@@ -110,7 +110,8 @@ def test_a_step_that_another_command_goes_on_with_is_counted_whole(tmp_path, mon
     monkeypatch.setattr(time, "time", lambda: clock[0])
     folder = RunFolder(tmp_path)
     goodput = Goodput(folder, Submission("second", 1000.0), 0, "a machine")
-    goodput.take_up(300.0)
+    goodput.take_up(300.0, saved_at=999.0)
+    goodput.take_up(300.0, saved_at=1001.0)  # its own, whose time counts as it is
     clock[0] += 200
     line = goodput.count(400.0, 1)  # of which 100 were this one's
     assert line["elapsed_seconds"] == 500
