@@ -60,7 +60,7 @@ paper-data: setup
 rl-data: setup
 	$(RUN) -m data_prep.trajectories Hopper-v5 --out data/paper/hopper
 
-# What configs/recall trains on, 256 to 65,536 tokens, each sequence twice: 0.8 GB, made in some minutes.
+# What configs/recall trains on, 256 to 65,536 tokens, each sequence twice: an estimated 0.8 GB.
 recall-data: setup
 	for length in 256 1024 4096 16384 65536; do \
 		count=$$((16777216 / length > 2048 ? 16777216 / length : 2048)); \

@@ -101,7 +101,7 @@ class Engine:
         if config.deepspeed.zero_stage == 1 and config.train.dtype == "bf16" and backwards > MANY:
             worker.warn(
                 f"deepspeed.zero_stage 1 adds the gradients of {backwards} backwards of a step in "
-                f"bf16, which is off by percents: set 2, which adds them in fp32"
+                f"bf16, which is off by a percent at a hundred: set 2, which adds them in fp32"
             )
         if config.deepspeed.zero_stage == 3:
             offload = self._engine.optimizer.parameter_offload

@@ -15,8 +15,6 @@ from trainer.settings import ConfigError
 
 HELP = "measure and train several mixers side by side; run again, it goes on"
 
-Show = Callable[[str], None]
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file with a section `compare`, see configs/")
@@ -43,14 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
     told = "stopping after this cell, or the next step and a checkpoint"
     should_stop = StopWatch(told, comparison.config.run.max_seconds)
-    show = _show
     with SideBySide(comparison.settings.at_once) as trainings:
 
         def train(config: Config) -> bool:
             make_absolute(config)
-            return trainings.run(config, _telling(config, show), should_stop)
+            return trainings.run(config, _telling(config), should_stop)
 
-        results = run_comparison(comparison, show, train, should_stop)
+        results = run_comparison(comparison, _show, train, should_stop)
     if results is None:
         print(f"stopped in good order; the same command goes on in {comparison.settings.dir}")
         return PREEMPTED if should_stop.preempted else 0
@@ -72,15 +69,15 @@ def _sharing_faults(at_once: int) -> Iterator[str]:
         )
 
 
-def _telling(config: Config, show: Show) -> Callable[[Event], None]:
+def _telling(config: Config) -> Callable[[Event], None]:
     """A training's evaluations and warnings, by the name of its folder."""
     name = Path(config.run.dir).name
 
     def on_event(event: Event) -> None:
         match event:
             case Evaluated(step):
-                show(f"  {name}, step {step}: {event}")
+                _show(f"  {name}, step {step}: {event}")
             case Warned(message):
-                show(f"  {name}, warning: {message}")
+                _show(f"  {name}, warning: {message}")
 
     return on_event

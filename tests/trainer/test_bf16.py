@@ -34,4 +34,4 @@ def test_a_sum_in_bf16_is_told(config_file):
         options = ["train.dtype=bf16", "train.segment_len=4", f"deepspeed.zero_stage={stage}"]
         options += ["train.steps=1", "evaluate.sequences=0", f"run.dir={config_file}-{stage}"]
         said = warnings(run(config_file, 1, *options))
-        assert sum("in bf16, which is off by percents" in message for message in said) == told
+        assert sum("in bf16, which is off by a percent" in message for message in said) == told
