@@ -272,6 +272,14 @@ def widths_of_data(config: Config) -> dict[str, int]:
     return widths
 
 
+def asks_questions(config: Config) -> bool:
+    """Whether only answers count in its data (data_prep.synthetic), which lie on this machine."""
+    try:
+        return any(load_info(path).synthetic for path in config.data.sources)
+    except ValueError:
+        return False
+
+
 def info_faults(
     config: Config, path: str, info: DatasetInfo, splits: Sequence[str]
 ) -> Iterator[Fault]:

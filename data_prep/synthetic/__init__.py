@@ -6,7 +6,7 @@ One document is a sequence. Answers have an alphabet of their own: only these to
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +91,17 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
 def _write(settings: SyntheticSettings, part: Path, dtype: str) -> None:
     """Both splits as documents of a part."""
     writer = PartWriter(part, dtype)
-    # as many at a time as fit memory, whole turns of the distances
-    turns = max(1, len(settings.distances))
-    at_once = -(-max(1, ROWS_AT_ONCE // settings.length) // turns) * turns
+    at_once = max(1, ROWS_AT_ONCE // settings.length)  # as fit memory
     for index, split in enumerate(SPLITS):
         # one sequence more than asked for: the last label of a sequence is the next one's token
         count = (settings.train if split == "train" else settings.held_out) + 1
         generator = np.random.default_rng([settings.seed, index])
         for first in range(0, count, at_once):
-            rows = TASKS[settings.task].sequences(settings, min(at_once, count - first), generator)
+            turn = first % max(1, len(settings.distances))
+            ahead = settings.distances[turn:] + settings.distances[:turn]
+            rows = TASKS[settings.task].sequences(
+                replace(settings, distances=ahead), min(at_once, count - first), generator
+            )
             for row in rows.astype(np.uint8):
                 writer.add(row, (len(row), True, 0, index))
     writer.close(Told([], []))
@@ -110,6 +112,8 @@ def _check(settings: SyntheticSettings) -> None:
         raise ValueError(f"task {settings.task!r} is not one of {', '.join(TASKS)}")
     if min(settings.tokens, settings.alphabet, settings.train, settings.held_out) < 1:
         raise ValueError("tokens, alphabet and the numbers of sequences must be positive")
+    if not 0 <= settings.seed < 1 << 32:  # NumPy would take more for a list of such numbers
+        raise ValueError(f"--seed {settings.seed} is not from 0 to {(1 << 32) - 1}")
     kind = TASKS[settings.task]
     if (tokens := kind.words(settings) + kind.answers(settings)) > MOST_TOKENS:
         raise ValueError(

@@ -43,12 +43,18 @@ def prepare_trajectories(
     made, and for a folder that holds something else.
     """
     _check(settings)
+    if all((out / name).exists() for name in (POLICY_INFO, *QUALITIES)):  # nothing to write
+        return _datasets(settings, out, tell)
     with only_writer(partial := out.with_name(out.name + ".partial"), out, goes_on=True):
         try:
-            known = _policy(settings, out, tell)
-            return {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}
+            return _datasets(settings, out, tell)
         finally:
             shutil.rmtree(partial)
+
+
+def _datasets(settings: TrajectorySettings, out: Path, tell: Tell) -> dict[str, DatasetInfo]:
+    known = _policy(settings, out, tell)
+    return {quality: _dataset(settings, out, quality, known) for quality in QUALITIES}
 
 
 def _check(settings: TrajectorySettings) -> None:
@@ -103,7 +109,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> PolicyInfo:
 def _dataset(
     settings: TrajectorySettings, out: Path, quality: str, known: PolicyInfo
 ) -> DatasetInfo:
-    described = json.dumps([asdict(known), quality, BLOCK_FRAMES, HELD_OUT_EVERY])
+    described = json.dumps([asdict(known), quality, BLOCK_FRAMES, HELD_OUT_EVERY, "mixed"])
     fingerprint = hashlib.sha256(described.encode()).hexdigest()
     if (out / quality).exists():
         return existing_dataset(out / quality, fingerprint)
@@ -158,7 +164,11 @@ def frames_of(episode: Episode, about: TrajectoryInfo) -> NDArray[np.float32]:
 def write_episodes(
     episodes: list[Episode], about: TrajectoryInfo, fingerprint: str, out: Path
 ) -> DatasetInfo:
-    """Write DIR from episodes. Raises ValueError where there are too few to keep one."""
+    """Write DIR from episodes. Raises ValueError where there are too few to keep one.
+
+    Those that are held out are mixed: a run evaluates on the first so many frames, and while a
+    policy learned its first episodes were its worst.
+    """
     info = DatasetInfo(
         tokenizer="none",
         vocab_size=1,
@@ -171,9 +181,12 @@ def write_episodes(
     (partial / "parts").mkdir(parents=True, exist_ok=True)
     part = partial / "parts" / "episodes.npz"
     writer = PartWriter(part, info.dtype)
+    for mixed in np.random.default_rng(0).permutation(len(episodes)):
+        if held_out(number := int(mixed), len(episodes)):
+            writer.add(frames_of(episodes[number], about), (0, True, number, 1))
     for number, episode in enumerate(episodes):
-        frames = frames_of(episode, about)
-        writer.add(frames, (0, True, number, int(held_out(number, len(episodes)))))
+        if not held_out(number, len(episodes)):
+            writer.add(frames_of(episode, about), (0, True, number, 0))
     writer.close(Told([], []))
     seal_dataset([part], info, Settings(block_size=info.block_size), partial, out)
     return info

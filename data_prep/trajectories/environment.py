@@ -21,7 +21,7 @@ def make_environment(name: str) -> gymnasium.Env[Any, Any]:
     """Raises ValueError where there is none of that name, or one of other numbers than a vector."""
     try:
         environment = gymnasium.make(name)
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError) as error:  # the latter of versions of mujoco-py
         raise ValueError(f"environment {name!r} cannot be made: {error}") from None
     spaces = environment.observation_space, environment.action_space
     if not all(isinstance(space, Box) and len(space.shape) == 1 for space in spaces):

@@ -15,6 +15,7 @@ from launch.compare.results import (
     best_runs,
     failure_of,
     figure,
+    median_accuracy,
     median_loss,
     median_of,
     memory_gib,
@@ -107,29 +108,34 @@ def _crossing(
 def _verdict(task: str, runs: Runs) -> Iterator[str]:
     if not runs:
         return
-    finals = {label: median_loss(same) for label, same in runs.items()}
-    by_loss = sorted(finals, key=lambda label: finals[label])
     chosen = {label: typical(same) for label, same in runs.items()}
-    tokens = chosen[by_loss[0]].tokens[-1]
-    losses = ", ".join(f"{label} {finals[label]:.3f}" for label in by_loss)
+    asks = all(run.asks for run in chosen.values())
+    judged, at_end = ("right answers", median_accuracy) if asks else ("held-out loss", median_loss)
+
+    def best_first(found: dict[str, float]) -> str:
+        ordered = sorted(found, key=lambda label: found[label], reverse=asks)
+        return ", ".join(f"{name} {found[name]:{'.1%' if asks else '.3f'}}" for name in ordered)
+
+    tokens = next(iter(chosen.values())).tokens[-1]
     seeds = {len(best_runs(same)) for same in runs.values()}
     middle = (
         f", the median of {' or '.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else ""
     )
-    yield f"{task}, held-out loss after {tokens:,} tokens{middle}, best first: {losses}."
+    finals = best_first({label: at_end(same) for label, same in runs.items()})
+    yield f"{task}, {judged} after {tokens:,} tokens{middle}, best first: {finals}."
     seconds = min(run.seconds[-1] for run in chosen.values())
-    losses_then = {
-        label: [_loss_at(run, seconds) for run in best_runs(same)] for label, same in runs.items()
+    each_then = {
+        label: [_held_out_at(run, seconds) for run in best_runs(same)]
+        for label, same in runs.items()
     }
     at_time = {
-        label: median(loss for loss in losses if loss is not None)
-        for label, losses in losses_then.items()
-        if None not in losses
+        label: median(value for value in values if value is not None)
+        for label, values in each_then.items()
+        if None not in values
     }
-    ordered = sorted(at_time, key=lambda label: at_time[label])
-    losses = ", ".join(f"{label} {at_time[label]:.3f}" for label in ordered)
     yield (
-        f"{task}, held-out loss after {seconds:,.0f} s of training steps, best first: {losses} "
+        f"{task}, {judged} after {seconds:,.0f} s of training steps, best first: "
+        f"{best_first(at_time)} "
         f"(the slower ones are then in the middle of their learning-rate schedule"
         + (", or not evaluated yet" if len(at_time) < len(runs) else "")
         + ")."
@@ -156,14 +162,18 @@ def _edge(who: str, rates: list[float], best: TrainingRecord) -> Iterator[str]:
             )
 
 
-def _loss_at(run: TrainingRecord, seconds: float) -> float | None:
-    """The held-out loss at a time, straight between evaluations; None before the first."""
-    points = [(point.seconds, point.loss) for point in run.held_out]
-    if not points or seconds < points[0][0]:
+def _held_out_at(run: TrainingRecord, seconds: float) -> float | None:
+    """The held-out loss, or share of right answers where the task asks, at a time.
+
+    Straight between evaluations; None before the first.
+    """
+    points = [(p.seconds, p.accuracy if run.asks else p.loss) for p in run.held_out]
+    known = [(at, value) for at, value in points if value is not None]
+    if not known or seconds < known[0][0]:
         return None
-    for (a, before), (b, after) in pairwise(points):
+    for (a, before), (b, after) in pairwise(known):
         if a <= seconds <= b:
             if math.isinf(before + after):  # no line leads there
                 return before if seconds == a else after if seconds == b else math.inf
             return before + (after - before) * (seconds - a) / (b - a)
-    return points[-1][1]
+    return known[-1][1]

@@ -154,6 +154,8 @@ def _circumstances(results: Results) -> list[str]:
     if settings.learning_rates:
         tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
         rates = f"learning rates {tried}, of which each mixer's best counts"
+        if any(run.asks for run in runs):
+            rates += " (where a task asks questions, by right answers held out, else by loss)"
         if settings.more_rates:
             rates += f"; up to {settings.more_rates} more where the best is at an edge"
     taps = config.model.attention_conv

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 from data_prep.files import write_whole
@@ -17,6 +17,9 @@ from trainer.config import Config
 from trainer.measure import TrainingCost
 
 Json = dict[str, Any]
+Rank = tuple[float, ...]  # of a training, lower is better
+
+LOST: Rank = (math.inf,)  # a training without a result
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,12 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class Point:
-    """A held-out loss on the way, nats per token."""
+    """A held-out loss on the way, nats per token, and the share of right answers."""
 
     tokens: int
     seconds: float
     loss: float
+    accuracy: float | None = None  # None of frames
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class TrainingRecord:
     loss: list[float]
     held_out: list[Point]
     final: Json
+    asks: bool = False  # whether the task has questions: then right answers count before the loss
     hardware: list[str] = field(default_factory=list)  # that it ran on, where its starts tell
     commits: list[str] = field(default_factory=list)  # of the code that it ran
 
@@ -94,6 +99,16 @@ class TrainingRecord:
     def final_loss(self) -> float:
         """Held out, after the last step, nats per token; infinite where it is no number."""
         return finite(self.final["loss"])
+
+    @property
+    def rank(self) -> Rank:
+        """What runs of a task are compared by, the lowest best.
+
+        Where the task asks questions, the share of wrong answers, and the loss of those alike:
+        far beyond the lengths it was trained on a model that is seldom wrong, and sure of itself,
+        has a higher loss than one that guesses.
+        """
+        return (1 - self.final["accuracy"], self.final_loss) if self.asks else (self.final_loss,)
 
 
 @dataclass(frozen=True)
@@ -242,26 +257,36 @@ def why_failed(repetitions: Sequence[CellRecord]) -> str:
 def by_rate(runs: Sequence[TrainingRecord]) -> dict[float, list[TrainingRecord]]:
     """A mixer's runs of a task by learning rate, lowest rate first; of one rate the best first."""
     return {
-        rate: sorted((r for r in runs if r.learning_rate == rate), key=lambda r: r.final_loss)
+        rate: sorted((r for r in runs if r.learning_rate == rate), key=lambda r: r.rank)
         for rate in sorted({run.learning_rate for run in runs})
     }
 
 
 def best_runs(runs: Sequence[TrainingRecord]) -> list[TrainingRecord]:
-    """One run for each seed, at the learning rate of the lowest median loss; the best first.
+    """One run for each seed, at the learning rate of the lowest middle rank; the best first.
 
     Of the rates that have had most seeds: others were given up after the first.
     """
     tried = by_rate(runs).values()
     most = max(len(same) for same in tried)
     full = [same for same in tried if len(same) == most]
-    return min(full, key=lambda same: median(r.final_loss for r in same))
+    return min(full, key=lambda same: middle_rank([run.rank for run in same]))
+
+
+def middle_rank(ranks: Sequence[Rank]) -> Rank:
+    """That of the seed in the middle, of two there the worse; of a lost one all are lost."""
+    return LOST if LOST in ranks else median_high(ranks)
 
 
 def typical(runs: Sequence[TrainingRecord]) -> TrainingRecord:
     """Of the runs at the best learning rate, the one in the middle; of two there, the worse."""
     best = best_runs(runs)
     return best[len(best) // 2]
+
+
+def median_accuracy(runs: Sequence[TrainingRecord]) -> float:
+    """Of the seeds at the best learning rate, the share of right answers."""
+    return median(run.final["accuracy"] for run in best_runs(runs))
 
 
 def median_loss(runs: Sequence[TrainingRecord]) -> float:

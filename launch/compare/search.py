@@ -1,18 +1,16 @@
 """Which trainings a task takes: learning rates until the best lies among others, then seeds.
 
-Pure: `attempt` trains some runs, in whatever order, and says what each held out at its end.
+Pure: `attempt` trains some runs, in whatever order, and ranks what each held out at its end.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from statistics import median
 
 from launch.compare.file import Trainings
+from launch.compare.results import LOST, Rank, middle_rank
 from trainer.config import Config
 
-# of each (mixer, run) the held-out loss, infinite where the run was lost
-Attempt = Callable[[list[tuple[str, Config]]], list[float]]
+Attempt = Callable[[list[tuple[str, Config]]], list[Rank]]  # of each (mixer, run)
 Pace = Callable[[Config], float]  # a finished run -> seconds of a step
 
 
@@ -24,16 +22,13 @@ class Search:
     attempt: Attempt
     ran: dict[str, list[Config]] = field(default_factory=dict)
     # by mixer and learning rate, those of the seeds so far
-    found: dict[str, dict[float, list[float]]] = field(default_factory=dict)
+    found: dict[str, dict[float, list[Rank]]] = field(default_factory=dict)
 
     @property
-    def losses(self) -> dict[str, dict[float, float]]:
-        """By mixer and learning rate, the median over seeds so far; infinite where one was lost."""
+    def ranks(self) -> dict[str, dict[float, Rank]]:
+        """By mixer and learning rate, the middle one of the seeds so far."""
         return {
-            label: {
-                rate: median(losses) if all(map(math.isfinite, losses)) else math.inf
-                for rate, losses in tried.items()
-            }
+            label: {rate: middle_rank(ranks) for rate, ranks in tried.items()}
             for label, tried in self.found.items()
         }
 
@@ -52,7 +47,7 @@ class Search:
 
     def _further(self, left: dict[str, int]) -> Iterator[tuple[str, float, int]]:
         """The next rates of the mixers whose best lies at an edge, and which have some left."""
-        for label, tried in self.losses.items():
+        for label, tried in self.ranks.items():
             if left[label] and (rate := beyond(tried)) is not None:
                 left[label] -= 1
                 yield label, rate, self.trainings[label].seeds[0]
@@ -67,8 +62,8 @@ class Search:
         ]
 
     def best(self, label: str) -> float:
-        """The learning rate that did best, by the median over its seeds so far."""
-        tried = self.losses[label]
+        """The learning rate that did best, by the middle one of its seeds so far."""
+        tried = self.ranks[label]
         return min(tried, key=lambda rate: tried[rate])
 
     def in_equal_time(self, pace: Pace) -> dict[str, Config]:
@@ -76,7 +71,7 @@ class Search:
         finished = {
             label: each.at(self.best(label), each.seeds[0])
             for label, each in self.trainings.items()
-            if math.isfinite(self.losses[label][self.best(label)])
+            if self.ranks[label][self.best(label)] != LOST
         }
         seconds = {label: pace(config) * config.train.steps for label, config in finished.items()}
         least = min(seconds.values(), default=0.0)
@@ -98,11 +93,11 @@ class Search:
         configs = [(label, self.trainings[label].at(rate, seed)) for label, rate, seed in runs]
         for label, config in configs:
             self.ran.setdefault(label, []).append(config)
-        for (label, rate, _), loss in zip(runs, self.attempt(configs), strict=True):
-            self.found.setdefault(label, {}).setdefault(rate, []).append(loss)
+        for (label, rate, _), rank in zip(runs, self.attempt(configs), strict=True):
+            self.found.setdefault(label, {}).setdefault(rate, []).append(rank)
 
 
-def beyond(tried: dict[float, float]) -> float | None:
+def beyond(tried: dict[float, Rank]) -> float | None:
     """The next learning rate past the edge at which the best lies; None where it lies inside.
 
     In the ratio of the two at that edge, or of three where there is one.

@@ -84,8 +84,10 @@ def _rates(runs: Runs) -> list[str]:
     rates = sorted({rate for rates_of in tried for rate in rates_of})
     if len(rates) == 1:
         return []
-    rows = [(f"{r:g}", [_losses(t[r]) if r in t else "" for t in tried]) for r in rates]
-    return table("held-out loss at a learning rate of", runs, rows)
+    asks = all(run.asks for same in runs.values() for run in same)
+    shown, judged = (_accuracies, "accuracy") if asks else (_losses, "held-out loss")
+    rows = [(f"{r:g}", [shown(t[r]) if r in t else "" for t in tried]) for r in rates]
+    return table(f"{judged} at a learning rate of", runs, rows)
 
 
 def _distances(runs: Runs) -> list[str]:
@@ -114,7 +116,7 @@ def _by_position(title: str, name: str, form: str, runs: Runs) -> list[str]:
 
 
 def _losses(runs: list[TrainingRecord]) -> str:
-    """The median loss of some seeds, the lowest first, and their spread."""
-    losses = [run.final_loss for run in runs]
+    """The median of some seeds, and their spread."""
+    losses = sorted(run.final_loss for run in runs)
     spread = f" ({losses[0]:.4f} to {losses[-1]:.4f})" if len(losses) > 1 else ""
     return f"{median(losses):.4f}{spread}"

@@ -1,6 +1,5 @@
 """Train what the tasks of a comparison ask for, each run once; run again, it goes on."""
 
-import math
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -8,9 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from launch.compare.file import Comparison
-from launch.compare.results import Point, Runs, TrainingRecord, finite
+from launch.compare.results import LOST, Point, Rank, Runs, TrainingRecord, finite
 from launch.compare.search import Search
 from launch.gang import LaunchError
+from trainer.checks import asks_questions
 from trainer.config import Config
 from trainer.run_folder import RunFolder, read_lines
 
@@ -57,7 +57,7 @@ def train_all(
             for label, configs in search.ran.items()
             if (curves := [_curve(config) for config in configs if _finished(config)])
         }
-        trained.rates[task] = {label: sorted(tried) for label, tried in search.losses.items()}
+        trained.rates[task] = {label: sorted(tried) for label, tried in search.ranks.items()}
         finished = {label: config for label, config in equal.items() if _finished(config)}
         trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
     return trained
@@ -65,7 +65,7 @@ def train_all(
 
 @dataclass
 class _Attempt:
-    """Trains runs of one task that have no result yet, and says what each held out at its end."""
+    """Trains runs of one task that have no result yet, and ranks what each held out at its end."""
 
     task: str
     comparison: Comparison
@@ -74,7 +74,7 @@ class _Attempt:
     should_stop: Callable[[], bool]
     lost: dict[str, str] = field(default_factory=dict)  # training -> why
 
-    def __call__(self, runs: list[tuple[str, Config]]) -> list[float]:
+    def __call__(self, runs: list[tuple[str, Config]]) -> list[Rank]:
         pool, waits = ThreadPoolExecutor(self.comparison.settings.at_once), True
         try:
             begun = [pool.submit(self._run, label, config) for label, config in runs]
@@ -88,7 +88,7 @@ class _Attempt:
         finally:
             pool.shutdown(waits, cancel_futures=True)
 
-    def _run(self, label: str, config: Config) -> float:
+    def _run(self, label: str, config: Config) -> Rank:
         """One of them. Raises _Stopped."""
         if not _finished(config):
             if self.should_stop():
@@ -104,7 +104,7 @@ class _Attempt:
             except LaunchError as error:  # marked in the report, and tried again next time
                 self.lost[name] = str(error).strip().splitlines()[-1]
                 self.show(f"  {folder} failed: {error}")
-        return _curve(config).final_loss if _finished(config) else math.inf
+        return _curve(config).rank if _finished(config) else LOST
 
     def _name(self, label: str, config: Config) -> str:
         name = f"{label} at learning rate {config.optim.learning_rate:g}, seed {config.run.seed}"
@@ -158,10 +158,16 @@ def _curve(config: Config) -> TrainingRecord:
         seconds=[pace * line["step"] for line in metrics],
         loss=[line["loss"] for line in metrics],
         held_out=[
-            Point(tokens(line["step"]), pace * line["step"], finite(line["loss"]))
+            Point(
+                tokens(line["step"]),
+                pace * line["step"],
+                finite(line["loss"]),
+                line.get("accuracy"),
+            )
             for line in read_lines(folder.evaluations)
         ],
         final=final,
+        asks=asks_questions(config),
         hardware=sorted({start["hardware"] for start in starts if "hardware" in start}),
         commits=sorted({start["commit"] for start in starts if "commit" in start}),
     )

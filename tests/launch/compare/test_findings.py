@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from launch.compare.findings import _crossing, _loss_at, _machines, _verdict
+from launch.compare.findings import _crossing, _held_out_at, _machines, _verdict
 from launch.compare.results import Point, TrainingRecord, best_runs
 
 ROOT = Path(__file__).parents[3]
@@ -55,9 +55,9 @@ def test_other_machines_are_named():
     assert not [*_machines("text", "a fast one", {"mingru": [run]})]
 
 
-def test_loss_at_a_time_lies_between_evaluations():
+def test_held_out_at_a_time_lies_between_evaluations():
     points = [Point(0, 2, 4.0), Point(0, 4, 2.0)]
     run = TrainingRecord(1e-3, 0, [], [], [], points, {})
-    assert [_loss_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
+    assert [_held_out_at(run, t) for t in (1, 2, 3, 4, 9)] == [None, 4, 3, 2, 2]
     lost = replace(run, held_out=[*points, Point(0, 6, math.inf), Point(0, 8, math.inf)])
-    assert [_loss_at(lost, t) for t in (4, 5, 6, 7, 9)] == [2, *[math.inf] * 4]
+    assert [_held_out_at(lost, t) for t in (4, 5, 6, 7, 9)] == [2, *[math.inf] * 4]
