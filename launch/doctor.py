@@ -81,6 +81,7 @@ def try_run(config: Config, should_stop: Callable[[], bool]) -> Iterator[Finding
         checkpoint=replace(config.checkpoint, remote=None, resume_step=None),
         launch=replace(config.launch, max_failures=0),
     )
+    shutil.rmtree(_folder(config), ignore_errors=True)  # what a doctor that was killed has left
     events: list[Event] = []
     began = time.monotonic()
     run_job(trial, events.append, should_stop)

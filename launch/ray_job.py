@@ -51,6 +51,7 @@ def load_for_here(path: str, overrides: list[str]) -> Config:
     optional = {
         "checkpoint.remote": config.checkpoint.remote,
         "evaluate.path": config.evaluate.path,
+        "data.cache": config.data.cache,
         "train.init_from": config.train.init_from,
     }
     paths += [(key, path) for key, path in optional.items() if path]

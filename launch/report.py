@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data_prep.files import write_whole
 from launch.page import table
+from trainer.checks import asks_questions
 from trainer.config import Config, load_dumped
 from trainer.goodput import describe
 from trainer.run_folder import Line, RunFolder, read_lines
@@ -23,7 +24,8 @@ class _Record:
     metrics: list[Line]
     evaluations: list[Line]
     result: Line | None  # the final evaluation, if the last step has one
-    # the start of a text, and what the model makes of it; None of a decision model
+    asks: bool  # whether its data ask questions: only answers count
+    # the start of a text, and what the model makes of it; None where it learned no text
     sample: tuple[str, str] | None
 
 
@@ -35,13 +37,15 @@ def write_report(folder: RunFolder) -> str:
     config, metrics = load_dumped(folder.config), read_lines(folder.metrics)
     if not metrics:
         raise ValueError(f"{folder.path} has taken no step yet, of which a report would tell")
+    asks = asks_questions([folder.path])
     run = _Record(
         folder,
         config,
         metrics,
         read_lines(folder.evaluations),
         folder.read_result(metrics[-1]["step"]),
-        None if config.model.of_frames else _sample(folder, config),
+        asks,
+        None if config.model.of_frames or asks else _sample(folder, config),
     )
     told = [_summary(run)]
     if run.sample:
@@ -59,15 +63,17 @@ def write_report(folder: RunFolder) -> str:
 
 def _commands(run: _Record) -> list[str]:
     folder = run.folder
-    seen = run.config.evaluate.rollout_frames
-    use = f"rollout {folder.path}" + (f" --frames {seen}" if seen else "")
-    if run.sample:
-        use = f'generate {folder.path} --prompt "import os"'
-    return [
+    commands = [
         f"tensorboard --logdir {folder.tensorboard}",
         f"python -m launch train {folder.config} train.steps=N    # resume, and train longer",
-        f"python -m launch {use}",
     ]
+    if run.config.model.of_frames:
+        seen = run.config.evaluate.rollout_frames
+        use = f"rollout {folder.path}" + (f" --frames {seen}" if seen else "")
+        commands.append(f"python -m launch {use}")
+    if run.sample:
+        commands.append(f'python -m launch generate {folder.path} --prompt "import os"')
+    return commands
 
 
 def _summary(run: _Record) -> str:
@@ -83,10 +89,12 @@ def _summary(run: _Record) -> str:
         lines.append(f"warning: {risen}")
     if run.result:
         what = "squared error of actions" if run.config.model.of_frames else "loss"
+        pieces = "answers" if run.asks else pieces
         lines.append(f"\nHeld-out {what} on {run.result['tokens']:,} {pieces}:")
         for name, row in _models(run):
-            bits = row["bits_per_byte"]
-            told = "" if bits is None else f" nats   {bits:.4f} bits per byte"
+            told = f"   {row['accuracy']:.1%} right" if run.asks else ""
+            if run.sample:
+                told = f" nats   {row['bits_per_byte']:.4f} bits per byte"
             lines.append(f"  {name:<8} {row['loss']:.4f}{told}")
         if played := run.result.get("rollouts"):
             lines.append(
@@ -141,11 +149,17 @@ def _page(run: _Record) -> Iterator[str]:
         yield from (
             "## Held-out loss",
             "",
-            *(_losses(run) if run.sample else _earned(run)),
+            *(
+                _earned(run)
+                if config.model.of_frames
+                else _answers(run)
+                if run.asks
+                else _losses(run)
+            ),
             *_by_source(run),
             *table(
                 "position in the sequence",
-                ("nats per token" if run.sample else "squared error",),
+                ("squared error" if config.model.of_frames else "nats per token",),
                 [
                     (f"{start:,} to {stop - 1:,}", (f"{loss:.4f}",))
                     for start, stop, loss in run.result["by_position"]
@@ -164,7 +178,7 @@ def _by_source(run: _Record) -> list[str]:
     rows = run.result.get("by_source", [])
     if not rows:
         return []
-    if not run.sample:
+    if run.config.model.of_frames:
         errors = [(name, (f"{frames:,}", f"{loss:.4f}")) for name, frames, loss, _ in rows]
         return [*table("source", ("frames", "squared error"), errors)]
     losses = [(name, (f"{n:,}", f"{loss:.4f}", f"{bits:.4f}")) for name, n, loss, bits in rows]
@@ -179,6 +193,19 @@ def _losses(run: _Record) -> list[str]:
         f"models are counted on the training split and measured on the same tokens.",
         "",
         *table("model", ("nats per token", "bits per byte"), rows),
+    ]
+
+
+def _answers(run: _Record) -> list[str]:
+    """Of a run on questions: what it knows."""
+    assert run.result
+    rows = [("all", (f"{run.result['accuracy']:.1%}", f"{run.result['loss']:.4f}"))]
+    by_distance = run.result.get("by_distance", [])
+    rows += [(f"{n:,}", (f"{right:.1%}", f"{loss:.4f}")) for n, loss, right in by_distance]
+    return [
+        f"On {run.result['tokens']:,} answers that were not trained on.",
+        "",
+        *table("distance, tokens", ("right", "nats per answer"), rows),
     ]
 
 

@@ -23,8 +23,9 @@ FRAME_WIDTHS = ("observation_width", "action_width")
 def value_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
     model = ((f"model.{name}", message) for name, message in config.model.faults())
-    yield from dict.fromkeys([*model, *bound_faults(config)])
-    train, parallel = config.train, config.parallel
+    bounds = list(bound_faults(config))
+    yield from dict.fromkeys([*model, *bounds])
+    train = config.train
     if config.evaluate.rollouts and not config.model.of_frames:
         yield (
             "evaluate.rollouts",
@@ -60,7 +61,7 @@ def value_faults(config: Config) -> Iterator[Fault]:
             "checkpoint.failures_per_day",
             "it chooses checkpoint.every_seconds, which is set too: leave one of them null",
         )
-    if min(parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size) > 0:
+    if not bounds:  # lengths are computed with what they bound
         yield from layout_faults(config)
 
 
@@ -243,6 +244,16 @@ def tokenizer_faults(paths: list[str], infos: list[DatasetInfo]) -> Iterator[str
             )
 
 
+def other_tokens(config: Config, begun: Path) -> Iterator[Fault]:
+    """Where the run in `begun` learned other tokens, or frames, than the data, if both are here."""
+    try:
+        infos = [load_info(path) for path in [str(begun), *config.data.sources]]
+    except ValueError:
+        return
+    for message in tokenizer_faults([str(begun), *config.data.sources], infos):
+        yield "train.init_from", message
+
+
 def _scale(info: DatasetInfo) -> tuple[object, ...]:
     """What two datasets of frames share where numbers mean the same in both."""
     frames = info.trajectories
@@ -272,10 +283,10 @@ def widths_of_data(config: Config) -> dict[str, int]:
     return widths
 
 
-def asks_questions(config: Config) -> bool:
-    """Whether only answers count in its data (data_prep.synthetic), which lie on this machine."""
+def asks_questions(paths: Iterable[str | Path]) -> bool:
+    """Whether only answers count in data of this machine, or where a run keeps word of its data."""
     try:
-        return any(load_info(path).synthetic for path in config.data.sources)
+        return any(load_info(path).synthetic for path in paths)
     except ValueError:
         return False
 

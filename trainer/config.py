@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.files import write_whole
 from models.bounds import Fault, bounded, not_negative, one_of, positive
 from models.config import ModelConfig
-from trainer.checks import data_faults, value_faults, widths_of_data
+from trainer.checks import data_faults, other_tokens, value_faults, widths_of_data
 from trainer.fixed import resume_faults
 from trainer.layout import AUTO, Layout, Plan, even_segments
 from trainer.run_folder import RunFolder
@@ -249,7 +249,7 @@ class Config:
             cache = data.cache and f"{data.cache}/held_out"
             data = replace(data, path=evaluated.path, cache=cache)
         train = self.train
-        if evaluated.seq_len:
+        if evaluated.seq_len and evaluated.seq_len > 0:  # else a fault, which is told
             train = train.of_length(evaluated.seq_len)
             if train.segment_tokens or train.seq_len > self.train.seq_len:
                 # no more at a time than in training
@@ -302,6 +302,7 @@ def _init_faults(config: Config, begun: Path) -> Iterator[Fault]:
         ours, its = getattr(config.model, name), getattr(theirs, name)
         if name not in NOT_OF_WEIGHTS and ours != its:
             yield f"model.{name}", f"{ours!r} differs from {its!r} of {begun}: keep it"
+    yield from other_tokens(config, begun)
 
 
 def follow_data(config: Config, places: dict[str, str]) -> None:

@@ -106,6 +106,8 @@ class TokenStream:
         lengths = np.zeros(self.info.vocab_size, np.int64)
         known = folder_tokenizer(self.folder).token_bytes()
         lengths[: len(known)] = np.maximum(known, 0)[: len(lengths)]
+        if (end := self.info.end_of_document) is not None:
+            lengths[end] = 0  # its name is no text
         return lengths
 
     def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

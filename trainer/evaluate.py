@@ -97,7 +97,7 @@ def evaluate(engine: Engine, reader: SequenceReader, worker: Worker) -> Evaluati
     loss, right, tokens, text_bytes = totals.sum((1, 2, 3)).tolist()
     return Evaluation(
         loss=loss / tokens,
-        bits_per_byte=None if frames else bits_per_byte(loss / tokens, tokens, text_bytes),
+        bits_per_byte=None if frames or task else bits_per_byte(loss / tokens, tokens, text_bytes),
         accuracy=None if frames else right / tokens,
         sequences=len(sequences),
         tokens=int(tokens),

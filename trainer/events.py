@@ -56,12 +56,16 @@ class Evaluated:
 
     step: int
     loss: float
-    bits_per_byte: float | None  # None of actions
+    bits_per_byte: float | None  # of text
+    accuracy: float | None  # None of actions
 
     def __str__(self) -> str:
-        if self.bits_per_byte is None:
+        if self.accuracy is None:
             return f"held-out squared error {self.loss:.4f}"
-        return f"held-out loss {self.loss:.4f} nats, {self.bits_per_byte:.4f} bits per byte"
+        told = f"held-out loss {self.loss:.4f} nats"
+        if self.bits_per_byte is None:
+            return f"{told}, {self.accuracy:.1%} of the answers right"
+        return f"{told}, {self.bits_per_byte:.4f} bits per byte"
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def describe(folder: RunFolder) -> dict[str, float] | None:
         / (sum(line["step_seconds"] + line["save_seconds"] for line in lines) or 1.0),
         "restarts": len(recoveries),
         "lost_steps": sum(start["lost_steps"] for start in starts),
-        "recovery_seconds": recoveries[len(recoveries) // 2] if recoveries else 0.0,
+        "recovery_seconds": statistics.median(recoveries) if recoveries else 0.0,
         "worst_recovery_seconds": recoveries[-1] if recoveries else 0.0,
     }
 

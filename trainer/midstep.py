@@ -38,7 +38,8 @@ class Midstep:
     here: Position = field(default_factory=Position)  # in it
     # this rank's loss, of the micro-batches before
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)  # in this start, saves left out
+    before: float = 0.0  # seconds of it, in earlier starts
     told: float = field(default_factory=time.monotonic)
 
     @property
@@ -54,7 +55,7 @@ class Midstep:
     @property
     def seconds(self) -> float:
         """Since the step began, but for the time when nobody was at it."""
-        return time.monotonic() - self.began
+        return time.monotonic() - self.began + self.before
 
     def tell(self) -> None:
         """Rank 0 reports now and then, and hears what is asked."""
@@ -104,7 +105,7 @@ class Midstep:
         engine.give_back(state["gradients"])
         self.micro_batch, self.total = state["micro_batch"], state["total"]
         self.here = Position(state["reads"], state["entering"], state["flow"], state["losses"])
-        self.began -= state["seconds"]
+        self.before = state["seconds"]
 
 
 class _Own(dict[int, Tensor]):

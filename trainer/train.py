@@ -124,7 +124,7 @@ class _Run:
         self.reader = SequenceReader(self.data, now.layout, data.reset_state, data.shift)
         self.midstep = resume(now, saved, self.engine)  # of an earlier start
         if saved and self.midstep and self.record:
-            self.record.take_up(self.midstep.seconds, saved.folder.stat().st_mtime)
+            self.record.take_up(self.midstep.before, saved.folder.stat().st_mtime)
         done = self.midstep.done if self.midstep else (0, 0)
         if saved and self.midstep is None and saved.manifest.runs:
             self.saved_at = None  # of a step that is begun anew
@@ -165,8 +165,7 @@ class _Run:
         midstep.asked, midstep.due, midstep.save = self.asked, self.schedule.overdue, self.save
         if self.record:
             midstep.show = self.record.streamed
-        before = midstep.seconds  # of this step, in an earlier start
-        started = time.perf_counter()
+        started, midstep.began = time.perf_counter(), time.monotonic()
         save_seconds = self.schedule.take_held_up()
         self.worker.pulse.now("reading data")
         batch, _ = self.worker.read_together(lambda: next(self.batches))
@@ -194,7 +193,7 @@ class _Run:
         every = self.config.guard.checksum_every
         if every and self.step % every == 0:
             self._compare_replicas()
-        step_seconds = time.perf_counter() - started + before
+        step_seconds = time.perf_counter() - started + midstep.before
         self.recent_seconds.append(step_seconds)
         steps_left = self.config.train.steps - self.step
         if self.record:
@@ -252,7 +251,10 @@ class _Run:
         amid = midstep.files(self.engine) if midstep and runs else {}
         self.saver.start(manifest, {**self.engine.snapshot(), **amid})
         self.saved_at = self.step, runs
-        self.schedule.saved(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        self.schedule.saved(took)
+        if midstep:
+            midstep.began += took
 
     def _end_save(self, last: bool = False) -> None:
         """Wait for the save before; what went wrong with it is told, or ends the run."""
@@ -293,7 +295,7 @@ class _Run:
         result = self.evaluated = evaluate(self.engine, self.held_out, self.worker)
         if self.record:
             self.record.add_evaluation({"step": self.step, **asdict(result)})
-        self.worker.tell(Evaluated(self.step, result.loss, result.bits_per_byte))
+        self.worker.tell(Evaluated(self.step, result.loss, result.bits_per_byte, result.accuracy))
 
     def finish(self) -> None:
         """After the last step: the result, unless an earlier start has left it."""

@@ -95,13 +95,13 @@ def train_policy(
 
 
 def act(settings: TrajectorySettings, policy: Path) -> list[Episode]:
-    """Whole episodes of a saved policy, as many as hold the frames; its actions are drawn."""
+    """Whole episodes of a saved policy that hold the frames, two at least. Actions are drawn."""
     torch.set_num_threads(1)
     acting = ALGORITHMS[settings.algorithm].load(policy, device="cpu")
     acting.set_random_seed(settings.seed)
     recorder = Recorder(make_environment(settings.environment))
     observation, _ = recorder.reset(seed=settings.seed)
-    while recorder.frames < settings.frames:
+    while recorder.frames < settings.frames or len(recorder.episodes) < 2:
         action, _ = acting.predict(observation)
         observation, _, terminated, truncated, _ = recorder.step(action)
         if terminated or truncated:

@@ -51,7 +51,8 @@ class CompareConfig:
     prefill_segment: int = positive(32768)  # a prompt is read in segments of this many tokens
     # Trainings to compare the losses of: name -> what is set for it, as on a command line.
     tasks: dict[str, list[str]] = field(default_factory=dict)
-    # A task is trained at each of these rates, and a mixer's best counts; empty: as the run's own.
+    # A task is trained at each of these rates, and a mixer's best counts, by right answers held out
+    # where the task asks questions, else by loss; empty: as the run's own.
     learning_rates: list[float] = positive([])
     # so many rates more, one after another, while a mixer's best lies at an edge of those tried
     more_rates: int = not_negative(0, most=20)

@@ -167,7 +167,7 @@ def _curve(config: Config) -> TrainingRecord:
             for line in read_lines(folder.evaluations)
         ],
         final=final,
-        asks=asks_questions(config),
+        asks=asks_questions(config.data.sources),
         hardware=sorted({start["hardware"] for start in starts if "hardware" in start}),
         commits=sorted({start["commit"] for start in starts if "commit" in start}),
     )

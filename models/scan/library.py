@@ -10,8 +10,10 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -54,22 +56,26 @@ def library(source: Path, defined: tuple[str, ...] = (), header: Path | None = N
 
     Raises OSError with the reason where it cannot be built or loaded.
     """
-    compiler = os.environ.get("CXX", "g++")
-    flags, headers = [*FLAGS, *defined], set(HOME.rglob("*.h"))
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    flags, headers = [*FLAGS, *defined], {*HOME.rglob("*.h"), *source.parent.glob("*.h")}
     if header:
         flags.append(f'-DGATES_HEADER="{header}"')
-        headers |= {header, *header.parent.glob("*.h")}
+        near = header.parent, header.parent.parent  # where its own includes lie
+        headers |= {header, *(other for folder in near for other in folder.glob("*.h"))}
     sources = sorted({source, *headers})
     texts = [path.read_text() for path in sources]
-    described = (*texts, compiler, *FLAGS, *defined, platform.machine(), _processor())
+    described = (*texts, *compiler, *FLAGS, *defined, *platform.libc_ver(), platform.machine())
+    described = (*described, _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     path = _cache_home() / "longhaul" / f"scan-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _build([compiler, *flags], source, path)
+    with suppress(OSError):  # not there, or half of it of a machine that died
+        return ctypes.CDLL(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # of another who built it meanwhile
+            return ctypes.CDLL(str(path))
+        _build([*compiler, *flags], source, path)
     return ctypes.CDLL(str(path))
 
 

@@ -53,6 +53,11 @@ def fault(recurrence: Recurrence, device: str, dtype: torch.dtype) -> str | None
         recurrence.tensors > 1,
     ):
         return f"{recurrence.name} has other values than its gates in Triton say"
+    if gates.values > (2 if gates.separate else 3):
+        return (
+            f"{recurrence.name} has {gates.values} values of a channel in {recurrence.tensors} "
+            f"inputs: the loops in Triton take three of one input, or one each of two"
+        )
     return None
 
 
@@ -182,10 +187,10 @@ def constants(kernel: Any, gates: TritonGates, dtype: torch.dtype) -> dict[str, 
         "BACKWARD": gates.backward,
         "VALUES": gates.values,
         "SEPARATE": gates.separate,
-        "DECAY_READS": gates.decay_reads,
-        "BACKWARD_READS": gates.backward_reads,
+        "DECAY_READS": min(gates.decay_reads, gates.values),
+        "BACKWARD_READS": min(gates.backward_reads, gates.values),
         # rows whose loads are in flight together: as many as fit the registers without a spill
-        "UNROLL": (4 if kernel is loops.backward_kernel or wide else 8) // (gates.values - 1),
+        "UNROLL": (4 if kernel is loops.backward_kernel or wide else 8) // max(1, gates.values - 1),
         "WIDE": wide,
         "BLOCK": BLOCK,
     }

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data_prep import synthetic
 from data_prep.schema import load_info
 from data_prep.synthetic import SyntheticSettings, prepare_synthetic
 from data_prep.synthetic.__main__ import main
@@ -57,6 +58,14 @@ def test_needle_lies_at_its_distance(tmp_path, split):
         assert row[-4] == 11
 
 
+def test_distances_take_turns_whatever_fits_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "ROWS_AT_ONCE", 4 * NEEDLE.length)  # four rows, three distances
+    rows = _rows(NEEDLE, tmp_path / "needle")
+    assert len(rows) == 41
+    lies = [61 - (int(np.flatnonzero(row == 10)[0]) + 1) for row in rows]
+    assert lies == [NEEDLE.distances[index % 3] for index in range(41)]
+
+
 def test_same_settings_are_found_again_and_others_refused(tmp_path):
     first = prepare_synthetic(COPY, tmp_path / "set")
     assert prepare_synthetic(COPY, tmp_path / "set").fingerprint == first.fingerprint
@@ -91,6 +100,8 @@ def test_two_do_not_write_one_folder(tmp_path):
         (["parity", "--length", "1"], "at least two tokens"),
         (["s5", "--alphabet", "1"], "use 2 to 120"),
         (["copy", "--train", "0"], "must be positive"),
+        (["copy", "--seed", "-1"], "--seed -1 is not from 0"),
+        (["copy", "--seed", str(1 << 32)], "--seed 4294967296 is not from 0 to 4294967295"),
         (["copy", "--distances", "5,10"], "copy asks for nothing by distance"),
         (["needle", "--distances", "5,x"], "--distances: 'x' is neither a number nor two"),
     ],

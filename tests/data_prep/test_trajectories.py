@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep import trajectories
 from data_prep.__main__ import main as data_prep
 from data_prep.schema import load_info
 from data_prep.trajectories import (
@@ -61,6 +62,19 @@ def test_what_is_read_is_what_was_written(tmp_path):
     begun = begins[(begins >= 100) & (begins < 1000)] - 100
     assert np.flatnonzero(batch.reset[0].numpy()).tolist() == begun.tolist()
     assert data_prep(["verify", str(folder)]) == 0
+
+
+def test_held_out_episodes_are_no_longer_in_the_order_of_learning(tmp_path):
+    """A run evaluates on the first so many frames, and the first that a policy did is its worst."""
+    folder, episodes = write_made_up(tmp_path / "set", 600), make_episodes(600)
+    kept = {n: e for n, e in enumerate(episodes) if held_out(n, len(episodes))}
+    info = about(episodes)
+    begins = {tuple(frames_of(e, info)[0]): n for n, e in kept.items()}
+    stream = TokenStream(DataConfig(path=str(folder)), "held_out")
+    frames, starts = stream.read(0, stream.tokens[0])
+    order = [begins[tuple(frames[start])] for start in starts]
+    assert sorted(order) == list(kept)
+    assert np.mean(order[: len(order) // 3]) == pytest.approx(300, abs=100)
 
 
 def test_a_number_that_is_not_finite_is_found(tmp_path, capsys):
@@ -142,6 +156,7 @@ def test_a_policy_and_its_two_datasets(tmp_path, capsys):
         (["Hopper-v5", "--frames", "0"], "must be positive"),
         (["Hopper-v5", "--algorithm", "ddpg"], "--algorithm ddpg is not ppo or sac"),
         (["Hopper-v99"], "cannot be made"),
+        (["Hopper-v3"], "environment 'Hopper-v3' cannot be made"),
         (["Hopper-v5", "--out", "s3://bucket/hopper"], "is an address"),
     ],
 )
@@ -152,14 +167,22 @@ def test_what_cannot_be_made_is_told(tmp_path, capsys, arguments, told):
 
 
 @pytest.mark.slow
-def test_interrupted_it_goes_on(tmp_path):
+def test_interrupted_it_goes_on(tmp_path, monkeypatch):
     """What was written of a policy before it was described is made again."""
     out = tmp_path / "hopper"
     out.mkdir()
     for name in ("policy.zip", "replay.tmp"):
         (out / name).write_bytes(b"half")
-    assert main(["Hopper-v5", "--out", str(out), *FEW]) == 0
+    few = ["--frames", "1", *FEW[2:]]  # two episodes all the same: one is held out
+    assert main(["Hopper-v5", "--out", str(out), *few]) == 0
     assert load_info(out / "medium-replay").splits["train"].tokens > 0
+    assert load_info(out / "medium").splits["held_out"].documents == 1
+
+    def locked(*_: Any, **__: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(trajectories, "only_writer", locked)
+    assert main(["Hopper-v5", "--out", str(out), *few]) == 0  # found written, nothing is locked
 
 
 @pytest.mark.slow

@@ -157,6 +157,9 @@ def test_a_cluster_is_examined(head: Head, config_file):
             text=True,
         )
 
+    left = config_file.parent / "run.doctor"  # of a doctor that was killed
+    left.mkdir()
+    (left / "config.yaml").write_text("model: {width: 8}")
     fit = examined(f"checkpoint.remote=file://{config_file.parent}/remote")
     assert fit.returncode == 0, fit.stdout + fit.stderr
     subjects = [line.split()[1].rstrip(":") for line in fit.stdout.splitlines()[:-1]]

@@ -214,3 +214,7 @@ def test_a_relative_run_folder_is_refused_on_a_cluster(config_file, launch):
     status, _, err = launch("train", str(config_file), "run.dir=runs/here")
     assert status == 1
     assert "give an absolute path on storage that all of them share" in err
+    here = [f"run.dir={config_file.parent / 'run'}", "data.cache=cache"]
+    status, _, err = launch("train", str(config_file), *here)
+    assert status == 1
+    assert "data.cache" in err

@@ -43,6 +43,26 @@ def test_a_reset_of_a_scan_clears_what_is_not_finite(name, backend, bad):
     torch.testing.assert_close(h_last, last)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("name", "backend"), ON_CPU)
+def test_a_reset_stops_a_gradient_that_is_not_finite(name, backend, bad):
+    from models.scan import scan
+
+    inputs = make_inputs(RECURRENCES[name], 2, 40, 20, torch.float32)
+    h0 = torch.randn(2, 20, requires_grad=True)
+    reset = torch.zeros(2, 40, dtype=torch.uint8)
+    reset[:, 17] = 1
+    h, _ = scan(RECURRENCES[name], inputs, h0, reset=reset, backend=backend)
+    grad = torch.randn_like(h)
+    clean = torch.autograd.grad(h, [h0, *inputs], grad, retain_graph=True)
+    grad[:, 17:20] = bad
+    got = torch.autograd.grad(h, [h0, *inputs], grad)
+    torch.testing.assert_close(got[0], clean[0])
+    for ours, theirs in zip(got[1:], clean[1:], strict=True):
+        assert not ours[:, 17:].isfinite().all()
+        torch.testing.assert_close(ours[:, :17], theirs[:, :17])
+
+
 @pytest.mark.parametrize("cut", [0, 3, 12, 20, 27])
 @pytest.mark.parametrize("mixer", [*MIXERS, HYBRID], ids=str)
 def test_a_reset_of_a_model_clears_what_is_not_finite(mixer, cut):

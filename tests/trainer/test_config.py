@@ -97,6 +97,8 @@ def test_faults_are_told_in_under_two_seconds_by_the_command(tmp_path):
         ("model.layers=1000000000", "TiB with gradients and optimizer"),
         ("optim.learning_rate=nan", "'nan' is not of type float: it must be a finite decimal"),
         ("optim.learning_rate=1e999", "it must be a finite decimal number"),
+        ("train.curriculum=[64] train.curriculum_steps=0", "0 is not positive"),
+        ("evaluate.seq_len=-5 train.segment_len=64", "-5 is not positive"),
         ("train.steps=010", "'010' is not of type int: it must be a whole decimal number"),
         ("train.steps=1:30", "'1:30' is not of type int"),
         ("train.steps=" + "9" * 400, "is too large"),

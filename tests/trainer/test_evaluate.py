@@ -75,14 +75,17 @@ def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_scored(config_fil
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False, special_tokens=["<|end|>"]
+    )
     tokenizer.train_from_iterator(["abcabcabd " * 100], trainer)
     tokenizer.save(str(tmp_path / "bpe.json"))
     (tmp_path / "train.txt").write_text("abcabcabd " * 2000)
     held_out = "abcabcabd " * 400 + "xyzzy éö " * 400
     (tmp_path / "held.txt").write_text(held_out)
     selection = Selection((str(tmp_path / "train.txt"),), (str(tmp_path / "held.txt"),))
-    prepare(selection, tmp_path / "data", Settings(str(tmp_path / "bpe.json")), 1, tell=None)
+    settings = Settings(str(tmp_path / "bpe.json"), end_of_document="<|end|>")
+    prepare(selection, tmp_path / "data", settings, 1, tell=None)
     options = [f"data.path={tmp_path / 'data'}", "train.steps=1", "evaluate.sequences=2"]
     options += ["data.reset_state=false", "train.seq_len=100", "train.batch_size=1"]
     run(config_file, 1, *options)
@@ -94,6 +97,8 @@ def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_scored(config_fil
     assert result["bits_per_byte"] == pytest.approx(
         result["loss"] / math.log(2) * 200 / text_bytes, rel=1e-6
     )
+    # its name of seven bytes is no text
+    assert stream.token_bytes[tokenizer.token_to_id("<|end|>")] == 0
     split = stream.info.splits["held_out"]
     mean = split.text_bytes / split.tokens
     assert text_bytes / 200 > 1.5 * mean
@@ -155,6 +160,14 @@ def test_held_out_data_may_be_others_and_longer(config_file, tmp_path):
         run(config_file, 2, *options, "parallel.sp=2", f"evaluate.sequences={asked}")
         again = json.loads((config_file.parent / "run" / "evaluation.json").read_text())
         assert (again["sequences"], again["loss"] == result["loss"]) == (there, there == 6)
+    report = write_report(RunFolder(config_file.parent / "run"))
+    assert f"{result['accuracy']:.1%} right" in report
+    assert "bits per byte" not in report
+    assert "launch generate" not in report
+    page = RunFolder(config_file.parent / "run").report.read_text()
+    assert "On 6 answers that were not trained on." in page
+    assert f"| 30 | {result['by_distance'][1][2]:.1%} |" in page
+    assert "n-gram" not in page
     (last,) = result["accuracy_by_position"]
     assert last == [32, 36, pytest.approx(result["accuracy"])]
     for wrong, said in (

@@ -143,7 +143,8 @@ def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
         "worst_recovery_seconds": 20,
     }
     clock[0] += DAY_SECONDS  # no machine was held
-    later = Goodput(folder, Submission("second", clock[0]), 7, "a machine")
+    later_at = clock[0]
+    later = Goodput(folder, Submission("second", later_at), 7, "a machine")
     clock[0] += 1
     _steps(folder, later, range(8, 9), 1.0)
     told = describe(folder)
@@ -151,3 +152,10 @@ def test_restarts_and_lost_steps_are_counted(tmp_path, monkeypatch):
     assert told["elapsed_seconds"] == 31
     assert told["goodput"] == pytest.approx(8 / 31)
     assert told["restarts"] == 1
+    clock[0] += 60  # and lost once more
+    second = Submission("second", later_at)
+    _steps(folder, Goodput(folder, second, 8, "a machine"), range(9, 10), 1.0)
+    told = describe(folder)
+    assert told is not None
+    assert told["recovery_seconds"] == 40  # the median of 20 and 60
+    assert told["worst_recovery_seconds"] == 60

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.schema import load_info
 from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here
 from trainer import checkpoint
@@ -159,6 +161,9 @@ def test_a_run_begins_with_the_weights_of_another(config_file):
     assert started_at(run(config_file, 1, *on)) == 1
 
 
+OTHER_TOKENS = ["train.steps=3"]  # and the run's folder names another tokenizer
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -166,12 +171,15 @@ def test_a_run_begins_with_the_weights_of_another(config_file):
         (["model.width=24"], "model.width: 24 differs from 16"),
         (["model.mixer=minlstm"], "model.mixer: 'minlstm' differs from 'mingru'"),
         (["model.dropout=0.1"], None),
+        (OTHER_TOKENS, r"train\.init_from: .* are not of one tokenizer \(end_of_doc"),
     ],
 )
-def test_weights_of_another_model_are_refused(config_file, options, told):
+def test_weights_of_another_model_are_refused(config_file, dataset, options, told):
     first = config_file.parent / "first"
     first.mkdir()
     dump_config(load_config(config_file, []), first / "config.yaml")
+    if options == OTHER_TOKENS:
+        replace(load_info(dataset), end_of_document=0).dump(first)
     begun = [f"train.init_from={first}", *options]
     if told is None:
         assert load_config(config_file, begun).train.init_from == str(first)

@@ -17,7 +17,7 @@ class TritonGates:
     decay: Any
     gates: Any
     backward: Any
-    values: int  # of a channel: one to three
+    values: int  # of a channel: one to three, of inputs of their own at most two
     separate: bool = False  # whether they are inputs of their own, and not parts of one
     decay_reads: int = 1  # the first so many values
     backward_reads: int = 3

@@ -63,10 +63,11 @@ def _decayed(value, rest, a, c, b, WIDE: tl.constexpr):
     """a * (value + rest) + b, and its rest: Kahan's sum where a is near one, c = 1 - a.
 
     As in vectors.h, which says why. Maps of chunks, which are fp64, need none of it; of those a
-    decay of zero is a reset, and lets nothing through.
+    decay of zero is a reset, and lets nothing through, and one that has grown out of fp32 leaves
+    zero what is zero.
     """
     if WIDE:
-        return a * tl.where(a == 0.0, 0.0, value) + b, rest
+        return tl.where((a == 0.0) | (value == 0.0), 0.0, a * value) + b, rest
     else:
         change = (b - c * value) + rest
         near = value + change

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+from launch.compare import trainings
 from launch.compare.file import load_comparison
 from launch.compare.page import write_comparison
 from launch.compare.results import by_rate
@@ -165,12 +166,51 @@ def test_a_first_seed_that_was_lucky_decides_nothing(comparison_file, gang, tmp_
     assert "| learning rate | 0.004 |" in page
 
 
+def test_right_answers_count_before_losses(comparison_file, gang, tmp_path, monkeypatch):
+    """Beyond the lengths it learned a model that is seldom wrong is so for sure: its loss is high.
+
+    A rate at which everything is a guess has the lower one.
+    """
+    monkeypatch.setattr(trainings, "asks_questions", lambda _: True)
+    overrides = ["compare.learning_rates=[1e-3,2e-3,4e-3]", "compare.seeds=[0,1,2]"]
+    overrides += ["compare.lengths=[64]", "compare.mixers=[mingru,attention]"]
+    comparison = load_comparison(comparison_file, overrides)
+
+    def train(config: Config) -> bool:
+        _train(config)
+        rate, attention = config.optim.learning_rate, config.model.mixer == "attention"
+        right = {1e-3: 0.5, 2e-3: 0.9, 4e-3: 0.5}[rate] - config.run.seed / 100 - attention / 10
+        loss = {1e-3: 0.7, 2e-3: 4.0, 4e-3: 0.6}[rate]
+        run = Path(config.run.dir)
+        final = json.loads((run / "evaluation.json").read_text())
+        final |= {"loss": loss, "accuracy": right}
+        (run / "evaluation.json").write_text(json.dumps(final))
+        points = [{"step": 2, "loss": 1, "accuracy": 0.5}]
+        points.append({"step": 4, "loss": loss, "accuracy": right})
+        (run / "evaluations.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+        return True
+
+    results = run_comparison(comparison, lambda _: None, train, lambda: False)
+    assert results
+    runs = by_rate(results.tasks["text"]["mingru"])
+    assert {rate: len(same) for rate, same in runs.items()} == {1e-3: 1, 2e-3: 3, 4e-3: 1}
+    write_comparison(tmp_path / "out", results)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| learning rate | 0.002 | 0.002 |" in page
+    assert "| accuracy | 89.0% (88.0% to 90.0%) | 79.0% (78.0% to 80.0%) |" in page
+    assert "accuracy at a learning rate of" in page
+    assert "right answers after 256 tokens, the median of 3 seeds, best first: mingru 89.0%" in page
+    assert "right answers after 6 s of training steps, best first: mingru 89.0%, att" in page
+
+
 def test_the_next_rate():
-    assert beyond({1e-3: 2.0, 3e-3: 1.0}) == 9e-3
-    assert beyond({1e-3: 1.0, 3e-3: 2.0}) == 3.33e-4
-    assert beyond({1e-3: 2.0, 3e-3: 1.0, 9e-3: math.inf}) is None
-    assert beyond({1e-3: math.inf}) == 3.33e-4
-    assert beyond({1e-3: math.inf, 3e-3: 2.0, 1e-2: math.inf}) is None
+    lost = (math.inf,)
+    assert beyond({1e-3: (2.0,), 3e-3: (1.0,)}) == 9e-3
+    assert beyond({1e-3: (1.0,), 3e-3: (2.0,)}) == 3.33e-4
+    assert beyond({1e-3: (0.1, 2.0), 3e-3: (0.2, 1.0)}) == 3.33e-4
+    assert beyond({1e-3: (2.0,), 3e-3: (1.0,), 9e-3: lost}) is None
+    assert beyond({1e-3: lost}) == 3.33e-4
+    assert beyond({1e-3: lost, 3e-3: (2.0,), 1e-2: lost}) is None
 
 
 def test_a_line_that_is_lost_costs_no_comparison(comparison_file, gang, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from models.scan.library import library
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +22,7 @@ for _ in range(2):
 """
 
 
-def start(backend: str, cache: Path, compiler: Path) -> subprocess.Popen:
+def start(backend: str, cache: Path, compiler: Path | str) -> subprocess.Popen:
     """A process that scans twice, with a cache and a compiler of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", SCAN.format(backend=backend)],
@@ -44,7 +46,14 @@ def test_workers_that_start_together_build_once(tmp_path):
     again = start("native", tmp_path / "cache", compiler)
     assert again.communicate(timeout=60)[0] == outputs[0][0]
     assert log.read_text() == "built\n"
-    assert len(list((tmp_path / "cache" / "longhaul").glob("*.so"))) == 1
+    (built,) = (tmp_path / "cache" / "longhaul").glob("*.so")
+    built.write_bytes(b"")  # as after the power went
+    again = start("native", tmp_path / "cache", compiler)
+    assert again.communicate(timeout=60)[0] == outputs[0][0]
+    assert log.read_text() == "built\n" * 2
+    options = start("native", tmp_path / "cache", f"{compiler} -g0")
+    assert options.communicate(timeout=60)[0] == outputs[0][0]
+    assert log.read_text() == "built\n" * 3
 
 
 def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(tmp_path):
@@ -61,3 +70,13 @@ def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(tmp_path):
     assert "'native' cannot be used" in worker.communicate(timeout=60)[1]
     assert worker.returncode != 0
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_headers_beside_a_source_are_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header = tmp_path / "own.cpp", tmp_path / "own.h"
+    source.write_text('#include "own.h"\nextern "C" int number() { return NUMBER; }\n')
+    for number in (1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        library.cache_clear()
+        assert library(source).number() == number

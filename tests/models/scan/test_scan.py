@@ -214,6 +214,14 @@ def test_closed_lstm_gates_keep_their_ratio(backend):
     torch.testing.assert_close(h, minlstm_scan(shifted, backend="reference")[0])
 
 
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+def test_fp64_is_fp64_where_a_gate_is_all_but_closed(backend):
+    """torch's softplus(x) is x from 20 on, which is 2e-9 of it too little."""
+    fiv = torch.tensor([[[0.0, -20.5, 0.5], [0.3, -21.0, 1.0]]], dtype=torch.float64)
+    expected, _ = minlstm_scan(fiv, backend="reference")
+    torch.testing.assert_close(minlstm_scan(fiv, backend=backend)[0], expected, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize(("name", "backend"), ON_CPU)
 def test_nan_is_not_hidden(name, backend):
     recurrence = RECURRENCES[name]

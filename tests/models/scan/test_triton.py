@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,51 @@ def test_a_reset_clears_what_is_not_finite(name, bad, monkeypatch):
     h, _ = scan(RECURRENCES[name], tuple(inputs), h0, reset=reset, backend="triton")
     assert not h[:, :17].isfinite().all()
     torch.testing.assert_close(h[:, 17:], clean[:, 17:])
+
+
+def test_decays_above_one_leave_zero_what_is_zero(monkeypatch):
+    """A chunk's decay, 1e30 to the fourth, is no number of fp32."""
+    cut(monkeypatch, 4)
+    a, b = torch.full((1, 14, 20), 1e30, device=DEVICE), torch.zeros(1, 14, 20, device=DEVICE)
+    h, h_last = scan(RECURRENCES["linear"], (a, b), backend="triton")
+    assert not h.any()
+    assert not h_last.any()
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_reset_clears_a_state_that_nothing_wears_down(name, monkeypatch):
+    """A rate of zero, of which an infinite sum is no number, in a chunk and in the carry."""
+    monkeypatch.setattr(triton_states, "TILE", 4)
+    monkeypatch.setattr(triton_states, "CHUNKS", 2)
+    inputs = [x.detach() for x in state_inputs(STATES[name], (1, 19, 17, 3), torch.float32)]
+    for weights in inputs[-2:-1]:  # S4D's rate and Mamba's A
+        weights.zero_()
+    h0 = torch.randn(1, 17, 3, dtype=STATES[name].state_dtype(tuple(inputs)))
+    reset = make_reset(1, 19, "random")
+    given = [x.to(DEVICE) for x in (*inputs, h0, reset)]
+    got = scan(STATES[name], tuple(given[:-2]), given[-2], reset=given[-1], backend="triton")
+    want = scan(STATES[name], tuple(given[:-2]), given[-2], reset=given[-1], backend="chunked")
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parts", "told"),
+    [(1, 1, None), (1, 3, None), (2, 1, None), (3, 1, "take three of one"), (2, 2, "take three")],
+)
+def test_gates_that_the_loops_cannot_run_are_refused(tensors, parts, told, monkeypatch):
+    """And those of one value read no other."""
+    recurrence: Any = SimpleNamespace(name="own", tensors=tensors, parts=parts)
+    recurrence.triton_states, recurrence.triton_gates = None, "somewhere"
+    recurrence.kernel_fault = lambda: None
+    values, separate = tensors * parts, tensors > 1
+    gates = gpu.TritonGates(None, None, None, values, separate)
+    monkeypatch.setattr(gpu, "gates_of", lambda _: gates)
+    fault = gpu.fault(recurrence, "cuda", torch.float32)
+    assert told in fault if told else fault is None
+    used = gpu.constants(gpu.loops.backward_kernel, gates, torch.float32)
+    assert used["BACKWARD_READS"] == min(3, values)
+    assert used["UNROLL"] >= 1
 
 
 @pytest.mark.parametrize("where", ["none", "random"])

@@ -49,6 +49,13 @@ def summarize_kernel(
 
 
 @triton.jit
+def _decay(log, rate):
+    """exp(-rate * log [BLOCK]); zero where that is infinite, of a rate of zero too."""
+    log = log[:, None]
+    return tl.where(log == float("inf"), 0.0, tl.exp(-log * rate))
+
+
+@triton.jit
 def carry_kernel(
     state_ptr, log_ptr, rate_ptr, enter_ptr, ends_ptr, last_ptr, decay_ptr,
     T, D, N, chunk, REVERSE: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr,
@@ -67,12 +74,12 @@ def carry_kernel(
         of_chunk = row * chunks + (chunks - 1 - i if REVERSE else i)
         tl.store(ends_ptr + of_chunk * D * N + at, h, mask=both)
         log = tl.load(log_ptr + of_chunk * D + channels, mask=of_d, other=0.0)
-        decay = tl.exp(-log[:, None] * rate)
+        decay = _decay(log, rate)
         state = tl.load(state_ptr + of_chunk * D * N + at, mask=both, other=0.0)
         h = tl.where(decay == 0.0, 0.0, h) * decay + state
         total += log
     tl.store(last_ptr + row * D * N + at, h, mask=both)
-    tl.store(decay_ptr + row * D * N + at, tl.exp(-total[:, None] * rate), mask=both)
+    tl.store(decay_ptr + row * D * N + at, _decay(total, rate), mask=both)
 
 
 @triton.jit
@@ -121,8 +128,8 @@ def backward_kernel(
         rate, bias, of_d, of_n, both, at = _weights(rate_ptr, bias_ptr, D, N, channels, n)
         of_chunk = row * chunks + chunk_n
         flow = tl.load(ends_ptr + of_chunk * D * N + at, mask=both, other=0.0)
-        of_rate = tl.zeros([BLOCK, NP], dtype=tl.float32)
-        of_bias = tl.zeros([BLOCK], dtype=tl.float32)
+        of_rate = tl.zeros([BLOCK, NP], dtype=tl.float64)  # a chunk may be a million steps
+        of_bias = tl.zeros([BLOCK], dtype=tl.float64)
         batch = tasks // (chunks * tl.cdiv(D, BLOCK))
         part = (task % tl.cdiv(D, BLOCK)).to(tl.int64) * batch * T
         tiles = tl.cdiv(steps, TILE)
@@ -142,6 +149,8 @@ def backward_kernel(
                 h = h + (new - c * h)
                 tl.store(scratch + (i + 1) * BLOCK * NP + own, h.to(tl.float32))
             tl.debug_barrier()
+            tile_rate = tl.zeros([BLOCK, NP], dtype=tl.float32)
+            tile_bias = tl.zeros([BLOCK], dtype=tl.float32)
             for i in range(0, length):
                 local = length - 1 - i
                 step = row * T + begin + local
@@ -165,13 +174,15 @@ def backward_kernel(
                 of_held = tl.sum(narrow * b[None, :], axis=1)
                 of_log = narrow * (1.0 - gone) * before
                 of_dt = of_held * x - tl.sum(of_log * rate, axis=1)
-                of_rate += of_log * dt[:, None]
+                tile_rate += of_log * dt[:, None]
                 of_k = of_dt / (1.0 + tl.exp(-z))
-                of_bias += of_k
+                tile_bias += of_k
                 where = step * D + channels
                 tl.store(dx_ptr + where, (of_held * dt).to(dx_ptr.dtype.element_ty), mask=of_d)
                 tl.store(dk_ptr + where, of_k.to(dk_ptr.dtype.element_ty), mask=of_d)
                 flow = cleared(q - gone.to(tl.float64) * q, 0.0, reset_ptr, step, HAS_RESET)
             tl.debug_barrier()
+            of_rate += tile_rate.to(tl.float64)
+            of_bias += tile_bias.to(tl.float64)
         tl.store(drate_ptr + of_chunk * D * N + at, of_rate, mask=both)
         tl.store(dbias_ptr + of_chunk * D + channels, of_bias, mask=of_d)

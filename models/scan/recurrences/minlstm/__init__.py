@@ -68,7 +68,7 @@ class MinLSTM(Recurrence):
         if not self.normalize:
             return torch.sigmoid(f), torch.sigmoid(i)
         # f / (f + i) as a sigmoid of log f - log i: it cannot divide zero by zero.
-        difference = F.softplus(-i) - F.softplus(-f)
+        difference = F.logsigmoid(f) - F.logsigmoid(i)
         return torch.sigmoid(difference), torch.sigmoid(-difference)
 
 

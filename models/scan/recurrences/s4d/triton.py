@@ -58,8 +58,10 @@ def summarize_kernel(
 @triton.jit
 def _power(rate_ptr, at, both, count, SIGN: tl.constexpr):
     """exp(rate * count [BLOCK]), or its conjugate; zero where that is infinite."""
-    size = tl.exp(tl.load(rate_ptr + at, mask=both, other=-1.0) * count[:, None])
-    finite = tl.where(count < float("inf"), count, 0.0)[:, None]
+    through = (count < float("inf"))[:, None]
+    finite = tl.where(through, count[:, None], 0.0)
+    size = tl.exp(tl.load(rate_ptr + at, mask=both, other=-1.0) * finite)
+    size = tl.where(through, size, 0.0)
     angle = tl.load(rate_ptr + at + 1, mask=both, other=0.0) * finite
     return size * tl.cos(angle), SIGN * size * tl.sin(angle)
 
