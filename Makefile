@@ -40,7 +40,7 @@ recall: setup
 		--distances 8,32,128,250 --train 100000
 	$(RUN) -m launch compare configs/compare_recall.yaml
 
-# What configs/paper trains on, but for Shakespeare's text, which is nanoGPT's.
+# What configs/paper trains on, but for Hopper (rl-data) and Shakespeare's text, which is nanoGPT's.
 TASK := $(RUN) -m data_prep.synthetic
 paper-data: setup
 	$(TASK) parity --out data/paper/parity --length 40 --train 40000
@@ -100,9 +100,9 @@ fuzz: setup
 		tests/data_prep/test_split.py tests/data_prep/test_tokenizer.py tests/data_prep/test_at_rest.py \
 		tests/launch/test_generate.py tests/trainer/test_config.py tests/trainer/test_run_folder.py
 
-# The figures of tests/benchmarks/results, measured again: about eight quiet minutes on two cores.
+# Most figures of tests/benchmarks/results, measured again: over half an hour of two quiet cores.
 bench: setup
-	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1
+	$(RUN) -m pip install --quiet --no-deps mingru-pytorch==0.2.1 pararnn-torch==0.17.4
 	$(RUN) -m tests.benchmarks.bench_scan
 	$(RUN) -m tests.benchmarks.bench_exchange
 	$(RUN) -m tests.benchmarks.bench_sharding

@@ -90,6 +90,15 @@ def mingru_pytorch(case: Case, which: str) -> Run | None:
     return _peer(case, which, forward)
 
 
+def pararnn(case: Case, which: str) -> Run | None:
+    """pararnn-torch's diagonal scan, of which each iteration of its Newton's method is one."""
+    scan_diag = import_module("pararnn.solvers.scan").scan_diag
+    if case.name != "linear" or case.dtype != torch.float32:
+        return None
+    on = "triton" if DEVICE == "cuda" else "eager"
+    return _peer(case, which, lambda a, b: scan_diag(a, b, backend=on))
+
+
 def chunk_hgrn(case: Case, which: str) -> Run | None:
     """flash-linear-attention's chunked kernel; gates given as logarithms."""
     function = import_module("fla.ops.hgrn").chunk_hgrn
@@ -146,6 +155,7 @@ def _log_gated(case: Case, which: str, forward: Callable[..., Tensor]) -> Run | 
 PEERS: dict[str, Callable[[Case, str], Run | None]] = {
     "log-space": log_space,
     "minGRU-pytorch": mingru_pytorch,
+    "pararnn-torch": pararnn,
 }
 GPU_PEERS: dict[str, Callable[[Case, str], Run | None]] = {
     "FLA chunk_hgrn": chunk_hgrn,
