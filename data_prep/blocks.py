@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from data_prep.files import file_sha256
 from data_prep.mds import CloudDownloader, Spanner, Stream, World
 from data_prep.schema import INFO_NAME, TOKENIZER_NAME, DatasetInfo, file_faults, load_info
 
@@ -71,7 +72,7 @@ class Blocks:
             if not self._present[shard_index]:
                 # one worker of a machine fetches, the others find the file there
                 with FileLock(f"{name}.lock"):
-                    self._stream.prepare_shard(shard)
+                    self._fetch(shard, name)
                 self._present[shard_index] = True
             data = shard.get_sample_data(sample_index)
             sample = shard.decode_sample(data)
@@ -88,6 +89,17 @@ class Blocks:
             )
         self.bytes_read += len(data)
         return tokens, np.frombuffer(starts, "<u4").astype(np.int64)
+
+    def _fetch(self, shard: Any, name: Path) -> None:
+        """Bring a file to the cache; one that is there, but not whole, anew."""
+        known = shard.raw_data
+        if name.exists() and file_sha256(name) != known.hashes["sha256"]:
+            name.unlink()  # Streaming takes whatever has the name
+        try:
+            self._stream.prepare_shard(shard)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            raise
 
 
 def _index_faults(folder: Path, split: str, info: DatasetInfo) -> list[str]:

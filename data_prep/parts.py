@@ -50,7 +50,8 @@ class Told:
     """What a person is to know of a piece."""
 
     faulty: list[str]  # records, by place and reason
-    changed: list[str]  # texts that their tokens do not decode to: the place, and how
+    changed: list[str]  # the first text that its tokens do not decode to: the place, and how
+    changes: int = 0  # such texts
     lost: int = 0  # records that are faulty
     marks: int = 0  # byte-order marks left out
 

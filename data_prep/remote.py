@@ -73,5 +73,5 @@ class Remote:
             return getattr(self._files, call)(*args, **options)
         except Exception as error:  # each store's client has errors of its own
             raise OSError(
-                f"{self.address}: {error or type(error).__name__}; run the same command again"
+                f"{self.address}: {str(error) or type(error).__name__}; run the same command again"
             ) from error

@@ -25,6 +25,7 @@ class Work(NamedTuple):
     piece: Piece
     part: Path
     tokenizer: str
+    fingerprint: str  # of the tokenizer
     field: str
     dtype: str
     end_of_document: int | None
@@ -37,14 +38,16 @@ class Limits:
     faulty: int  # records that are left out
     changes: bool  # whether tokens need not decode to the text
     left_out: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # the first
+    changed_texts: int = 0
     lost: int = 0
     marks: int = 0
 
     def count(self, told: Told) -> None:
         """Raises ValueError where it is too much."""
         self.left_out += told.faulty
-        self.changed += told.changed
+        self.changed = self.changed or told.changed
+        self.changed_texts += told.changes
         self.lost += told.lost
         self.marks += told.marks
         if self.lost > self.faulty:
@@ -85,7 +88,7 @@ def tokenize(work: list[Work], limits: Limits, workers: int, progress: bool) -> 
             _side_by_side(todo, limits, workers, bar)
         else:  # no other process need be started
             for item in todo:
-                limits.count(_tokenize(item, limits.changes))
+                limits.count(_tokenize(item, limits.faulty, limits.changes))
                 bar.update(item.piece.size_bytes)
 
 
@@ -98,7 +101,7 @@ def _side_by_side(todo: list[Work], limits: Limits, workers: int, bar: "tqdm[Nev
         try:
             while True:
                 while len(running) < 2 * workers and (item := next(waiting, None)):
-                    job = pool.submit(_tokenize, item, limits.changes)
+                    job = pool.submit(_tokenize, item, limits.faulty, limits.changes)
                     running[job] = item.piece.size_bytes
                 if not running:
                     return
@@ -119,8 +122,11 @@ def _side_by_side(todo: list[Work], limits: Limits, workers: int, bar: "tqdm[Nev
 _tokenizer = cache(load_tokenizer)  # once per process: a large one takes longer than a small piece
 
 
-def _tokenize(work: Work, changes: bool) -> Told:
+def _tokenize(work: Work, faulty: int, changes: bool) -> Told:
+    """Writes the part of a piece; none where more is wrong than the limits allow."""
     tokenizer = _tokenizer(work.tokenizer)
+    if tokenizer.fingerprint != work.fingerprint:
+        raise ValueError(f"{work.tokenizer} changed meanwhile: run again when it is whole")
     writer = PartWriter(work.part, work.dtype)
     told = Told([], [])
     begun = False
@@ -128,6 +134,8 @@ def _tokenize(work: Work, changes: bool) -> Told:
         if isinstance(record, Faulty):
             told.faulty.append(record.message)
             told.lost += record.records
+            if told.lost > faulty:
+                return told
             continue
         told.marks += record.marked
         begun |= record.starts
@@ -137,9 +145,9 @@ def _tokenize(work: Work, changes: bool) -> Told:
         if not change and not tokenizer.exact:
             change = _change(record, tokenizer, tokens)
         if change:
-            told.changed.append(change)
+            told.changed, told.changes = told.changed or [change], told.changes + 1
             if not changes:
-                return told  # it is refused, and no part is there to be taken for whole
+                return told
         if record.ends and end is not None and (len(tokens) or not record.starts):
             tokens = np.append(tokens, np.uint32(end))
         if len(tokens) or (begun and not record.ends):  # its beginning may be left out

@@ -120,17 +120,17 @@ def _write(
     with only_writer(partial, out):
         keys = (_piece_key(piece, planned.described) for piece in planned.pieces)
         parts = [partial / "parts" / f"{i:06}-{key}.npz" for i, key in enumerate(keys)]
-        path = getattr(planned.tokenizer, "path", "bytes")
+        tokenizer = str(getattr(planned.tokenizer, "path", "bytes")), planned.tokenizer.fingerprint
         work = [
-            Work(piece, part, str(path), planned.selection.field, info.dtype, planned.end)
+            Work(piece, part, *tokenizer, planned.selection.field, info.dtype, planned.end)
             for piece, part in zip(planned.pieces, parts, strict=True)
         ]
         limits = Limits(settings.skip_faulty, settings.allow_changes)
         tokenize(work, limits, workers, progress=tell is not None)
-        info.left_out, info.changed_texts = limits.left_out, len(limits.changed)
+        info.left_out, info.changed_texts = limits.left_out, limits.changed_texts
         for line in _told(limits):
             say(line)
-        streams = seal_dataset(parts, info, settings, partial, out)
+        streams = seal_dataset(parts, info, settings, partial, out, planned.tokenizer)
     for line in [] if planned.selection.held_out_from else _held_out(streams, planned.pieces):
         say(line)
     return info
@@ -191,7 +191,7 @@ def _told(limits: Limits) -> Iterator[str]:
         yield f"left out {limits.lost} faulty records, listed in {INFO_NAME}; the first:"
         yield from (f"  {line}" for line in limits.left_out[:10])
     if limits.changed:
-        yield f"the tokenizer changes {len(limits.changed)} texts; the first: {limits.changed[0]}"
+        yield f"the tokenizer changes {limits.changed_texts} texts; the first: {limits.changed[0]}"
     if limits.marks:
         yield f"left out the byte-order marks at the beginning of {limits.marks} files"
 
@@ -207,18 +207,26 @@ def _held_out(streams: Streams, pieces: list[Piece]) -> Iterator[str]:
 
 
 def seal_dataset(
-    parts: list[Path], info: DatasetInfo, settings: Settings, partial: Path, out: Path
+    parts: list[Path],
+    info: DatasetInfo,
+    settings: Settings,
+    partial: Path,
+    out: Path,
+    tokenizer: Tokenizer | None = None,
 ) -> Streams:
     """Pack the parts into `partial`, complete `info`, and rename the folder to what it is now."""
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
     streams = Streams(parts, info, settings.held_out, tokenizer)
     for split in SPLITS:
         folder = partial / split
         info.splits[split] = pack(streams.of(split), info, split, folder, settings.shard_bytes)
     _check_not_empty(info, settings)
+    (partial / TOKENIZER_NAME).unlink(missing_ok=True)  # of a command that was interrupted
     if isinstance(tokenizer, JsonTokenizer):
         shutil.copyfile(tokenizer.path, partial / TOKENIZER_NAME)
         info.tokenizer_sha256 = file_sha256(partial / TOKENIZER_NAME)
+        if info.tokenizer_sha256 != tokenizer.fingerprint:
+            raise ValueError(f"{tokenizer.path} changed meanwhile: run again when it is whole")
     info.dump(partial)
     shutil.rmtree(partial / "parts")
     for path in [*partial.rglob("*"), partial]:

@@ -132,7 +132,7 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def read(piece: Piece, field: str) -> Iterator[Record]:

@@ -36,7 +36,10 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
 
 
 def _rows(file: File, reader: Any, field: str) -> Iterator[Record]:
-    header: list[str] = next(reader, [])
+    try:
+        header: list[str] = next(reader, [])
+    except csv_library.Error as error:
+        raise ValueError(f"{file.path}:1: the header is not CSV ({error}){UNTOLD}") from None
     if field not in header:
         has = ", ".join(header) or "nothing"
         raise ValueError(

@@ -20,30 +20,29 @@ def record_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return ambiguous
 
 
-def text_in(record: Any, field: str, where: str) -> str:
-    """The text. Raises ValueError that begins with `where` and says what there is instead."""
+def text_in(record: Any, field: str) -> str:
+    """The text. Raises ValueError that says what there is instead."""
     value, read = record, ""
     for name in [field] if isinstance(record, dict) and field in record else field.split("."):
         if not isinstance(value, dict) or name not in value:
             has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
             inside = f" in {read!r}" if read else ""
             raise ValueError(
-                f"{where}: no field {name!r}{inside} (it has: {has}): name the text's field with "
-                f"--field"
+                f"no field {name!r}{inside} (it has: {has}): name the text's field with --field"
             )
         if isinstance(value, Ambiguous) and name in value.twice:
-            raise ValueError(f"{where}: the field {name!r} stands there twice")
+            raise ValueError(f"the field {name!r} stands there twice")
         value, read = value[name], f"{read}.{name}".strip(".")
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: field {field!r} is not UTF-8 ({error.reason})") from None
+            raise ValueError(f"field {field!r} is not UTF-8 ({error.reason})") from None
     if not isinstance(value, str):
         what = "null" if value is None else f"not a text but {type(value).__name__}"
-        raise ValueError(f"{where}: field {field!r} is {what}")
+        raise ValueError(f"field {field!r} is {what}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: field {field!r} is not Unicode text ({error.reason})") from None
+        raise ValueError(f"field {field!r} is not Unicode text ({error.reason})") from None
     return value

@@ -39,12 +39,26 @@ def _on_lines(file: File) -> bool:
     with open_file(file.path, file.packing) as f:
         if not f.read(4096).removeprefix(MARK).lstrip().startswith(b"{"):
             return False
+    first = b""
     with open_file(file.path, file.packing) as f:
         for number, line in enumerate(f):
             text = (line if number else line.removeprefix(MARK)).strip()
-            if text == b"{" or (text and not text.startswith(b"{")):
+            if not text:
+                continue
+            # what goes on in the next line is no record of its own, and torn there but by chance
+            if not text.startswith(b"{") or text.endswith((b"{", b"[", b",", b":")):
                 return False
-    return True
+            first = first or text
+    return not _several(first)
+
+
+def _several(line: bytes) -> bool:
+    """Whether a line holds more than one record."""
+    try:
+        text = line.decode()
+        return _skip(text, json_library.JSONDecoder().raw_decode(text)[1], SPACE) < len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read(piece: Piece, field: str) -> Iterator[Record]:
@@ -64,11 +78,10 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
         line, counted = 1, 0
         for at, value in chain([first] if first else [], values):
             line, counted = line + text.count("\n", counted, at), at
-            where = f"{file.path}:{line}"
             try:
-                found = text_in(value, field, where)
+                found = text_in(value, field)
             except ValueError as error:
-                yield Faulty(str(error))
+                yield Faulty(f"{file.path}:{line}: {error}")
             else:
                 yield Text(f"{file.name}:{at}", found, marked=marked)
             marked = False

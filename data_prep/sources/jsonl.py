@@ -14,8 +14,8 @@ from data_prep.sources.pieces import (
     Text,
     chunks,
     cut_at_lines,
-    decode,
     line_number,
+    no_utf8,
 )
 
 
@@ -25,38 +25,37 @@ def plan(file: File, field: str) -> list[Piece]:
 
 
 def read(piece: Piece, field: str) -> Iterator[Record]:
+    here: File | None = None
+    first = passed = 0  # the file's line where its first chunk begins, once it is asked for
     for file, offset, data, _ in chunks(piece, any_line=True):
+        if file is not here:
+            here, begin, first, passed = file, offset, 0, 0
         marked = offset == 0 and data.startswith(MARK)
         at = offset + len(MARK) * marked
-        for raw in data[len(MARK) * marked :].split(b"\n"):
+        for number, raw in enumerate(data[len(MARK) * marked :].split(b"\n")):
             if raw.strip():
                 try:
-                    text = _text(raw, file, at, field)
+                    text = _text(raw, at, field)
                 except ValueError as error:
-                    yield Faulty(str(error))
+                    first = first or line_number(file, begin)
+                    yield Faulty(f"{file.path}:{first + passed + number}: {error}")
                 else:
                     yield Text(f"{file.name}:{at}", text, marked=marked)
                 marked = False
             at += len(raw) + 1
+        passed += number  # lines that end in this chunk
 
 
-def _text(raw: bytes, file: File, at: int, field: str) -> str:
-    line = decode(raw, file, at)
+def _text(raw: bytes, at: int, field: str) -> str:
+    try:
+        line = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(no_utf8(raw, at, error)) from None
     try:
         record = parse(line)
     except ValueError as error:
-        raise ValueError(f"{file.path}:{line_number(file, at)}: not JSON ({error})") from None
-    return (
-        text_in(record, field, f"{file.path}:{line_number(file, at)}")
-        if not _simple(record, field)
-        else record[field]
-    )
-
-
-def _simple(record: Any, field: str) -> bool:
-    """The usual case, for which no line is counted."""
-    value = record.get(field) if type(record) is dict else None
-    return isinstance(value, str) and value.isascii()
+        raise ValueError(f"not JSON ({error})") from None
+    return text_in(record, field)
 
 
 def parse(text: str) -> Any:

@@ -48,16 +48,18 @@ def read(piece: Piece, field: str) -> Iterator[Record]:
         if batch is None:
             return
         if not batch.num_columns:
-            yield Faulty(f"{place}: no column {field!r}: name the text's column with --field")
+            lost = opened.metadata.row_group(piece.group).num_rows
+            told = f"{place}, {lost} rows: no column {field!r}: name the text's column with --field"
+            yield Faulty(told, lost)
             return
         for index in range(batch.num_rows):
             where, row = f"{place}, row {row}", row + 1
             try:
                 record = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                text = text_in(record, field, where)
+                text = text_in(record, field)
             except UnicodeDecodeError as error:
                 yield Faulty(f"{where}: column {field!r} is not UTF-8 ({error.reason})")
             except ValueError as error:
-                yield Faulty(str(error).replace("field", "column"))
+                yield Faulty(f"{where}: {str(error).replace('field', 'column')}")
             else:
                 yield Text(f"{file.name}:{piece.group}:{row - 1}", text)

@@ -191,13 +191,18 @@ def decode(data: bytes, file: File, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = line_number(file, offset + error.start)
-        other = ""
-        if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            other = "; it begins as UTF-16 does"
-        raise ValueError(
-            f"{file.path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}"
-            f"{other}): convert the file, or leave it out"
-        ) from None
+        raise ValueError(f"{file.path}:{line}: {no_utf8(data, offset, error)}") from None
+
+
+def no_utf8(data: bytes, offset: int, error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that begin at a file's offset."""
+    other = ""
+    if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        other = "; it begins as UTF-16 does"
+    return (
+        f"byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}{other}): convert the file, "
+        f"or leave it out"
+    )
 
 
 def line_number(file: File, offset: int) -> int:

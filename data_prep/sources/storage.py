@@ -42,7 +42,8 @@ def open_file(path: str, packing: str = "") -> IO[bytes]:
     if packing == "zst":
         import pyarrow as pa
 
-        f = pa.CompressedInputStream(pa.PythonFile(f, mode="r"), "zstd")
+        # buffered, for it has no lines of its own
+        f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(f, mode="r"), "zstd"), 1 << 20)
     elif packing == "gz":
         f = gzip.GzipFile(fileobj=f)
     elif packing:

@@ -28,13 +28,14 @@ PACKERS = {
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "json lines", "csv"])
 def test_packed_files_are_read(kind, packing, tmp_path, monkeypatch):
     """In pieces smaller than themselves; and under names in capitals."""
     plain = write(kind, tmp_path, TEXTS)
-    packed = tmp_path / f"PACKED.{kind}.{packing}".upper()
+    packed = tmp_path / f"PACKED{plain.suffix}.{packing}".upper()
     packed.write_bytes(PACKERS[packing](plain.read_bytes()))
     monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
+    monkeypatch.setattr("data_prep.sources.json.PIECE_BYTES", 50)
     assert texts_of(Selection((str(packed),))) == TEXTS
 
 

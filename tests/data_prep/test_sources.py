@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.blocks import Blocks
-from data_prep.sources import Faulty, Selection, Text, pieces, plan, read
+from data_prep.sources import Faulty, File, Selection, Text, jsonl, pieces, plan, read
 from data_prep.write import Settings, prepare
 from tests.data_prep.test_data_prep import tokens_of
 
@@ -238,6 +239,47 @@ def test_a_large_json_file_of_both_ways_to_write_is_read(tmp_path, monkeypatch):
     assert texts_of(Selection((str(path),))) == ["line"] * 50 + ["over\nlines"]
     path.write_text('{"text": "line"}\n' * 50 + '{"text": "torn\n' + '{"text": "line"}\n' * 50)
     assert len(faults_of(Selection((str(path),)))) == 1  # and nothing else is lost with it
+    path.write_text('{"text": "one"} {"text": "two"}\n' * 50)
+    assert texts_of(Selection((str(path),))) == ["one", "two"] * 50
+    path.write_text('{"text": "a", "more": [\n{"text": "no"},\n{"text": "no"}]}\n' * 50)
+    assert texts_of(Selection((str(path),))) == ["a"] * 50
+
+
+def test_lines_are_counted_only_for_what_is_wrong_and_then_right(tmp_path, monkeypatch):
+    """Of a file of many chunks, packed, with text that is not ASCII, and in a nested field."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    counted: list[int] = []
+
+    def count(file: File, offset: int) -> int:
+        counted.append(offset)
+        return pieces.line_number(file, offset)
+
+    monkeypatch.setattr(jsonl, "line_number", count)
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps({"meta": {"text": f"é {n}"}}) for n in range(100)]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    selection = Selection((str(path),), field="meta.text")
+    assert texts_of(selection) == [f"é {n}" for n in range(100)]
+    assert not counted
+    for n in (3, 50, 51, 99):
+        lines[n] = "{" if n % 2 else '{"meta": {}}'
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    said = [fault.message for fault in faults_of(selection)]
+    assert [message.split(": ")[0] for message in said] == [f"{path}:{n}" for n in (4, 51, 52, 100)]
+    assert len(counted) == 1
+    plain = tmp_path / "a.jsonl"
+    plain.write_text("\n".join(lines))
+    said = [fault.message for fault in faults_of(replace(selection, sources=(str(plain),)))]
+    assert [message.split(": ")[0] for message in said] == [
+        f"{plain}:{n}" for n in (4, 51, 52, 100)
+    ]
+
+
+def test_a_row_group_without_the_field_is_as_many_records(tmp_path):
+    meta = pa.array([{"other": "x"}] * 40)
+    pq.write_table(pa.table({"meta": meta}), tmp_path / "a.parquet", row_group_size=20)
+    faults = faults_of(Selection((str(tmp_path / "a.parquet"),), field="meta.text"))
+    assert sum(fault.records for fault in faults) == 40
 
 
 def test_only_a_files_own_name_says_that_it_has_tabs(tmp_path):
@@ -253,6 +295,10 @@ def test_csv_is_read_strictly(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"a\.csv:\d: row 1 is not CSV"):
             faults_of(Selection((str(path),)))
+    for text in ('"text\nhello\n', '"te"xt,b\n1,2\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.csv:1: the header is not CSV"):
+            texts_of(Selection((str(path),)))
     path.write_text("text,text\na,b\n")
     with pytest.raises(ValueError, match="2 columns 'text'"):
         texts_of(Selection((str(path),)))

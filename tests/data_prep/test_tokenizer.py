@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,8 +18,10 @@ from tokenizers import (
     trainers,
 )
 
-from data_prep.schema import load_info
-from data_prep.sources import Selection
+from data_prep import write
+from data_prep.schema import TOKENIZER_NAME, load_info
+from data_prep.sources import Selection, plan
+from data_prep.tokenize import Work, _tokenize, tokenize
 from data_prep.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from data_prep.write import Settings, prepare
 
@@ -145,6 +148,44 @@ def test_a_tokenizer_that_changes_the_text_is_refused_unless_allowed(tmp_path):
     assert not (tmp_path / "out").exists()
     out = prepared(lossy(), tmp_path, "the SCAN", allow_changes=True)
     assert load_info(out).changed_texts == 1
+
+
+def test_many_changes_are_counted_and_one_is_told(tmp_path):
+    """Of a corpus of millions nobody reads more, and memory has no room for all."""
+    lossy().save(str(tmp_path / "t.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "SCAN"}\n' * 50)
+    settings = Settings(str(tmp_path / "t.json"), 0.0, 64, allow_changes=True)
+    selection, told = Selection((str(tmp_path / "a.jsonl"),)), []
+    info = prepare(selection, tmp_path / "out", settings, 1, tell=told.append)
+    assert info.changed_texts == 50
+    assert any(line.startswith("the tokenizer changes 50 texts; the first: ") for line in told)
+    (piece,) = plan(selection, None, [])
+    fingerprint = load_tokenizer(settings.tokenizer).fingerprint
+    work = Work(piece, tmp_path / "a.npz", settings.tokenizer, fingerprint, "text", "uint16", None)
+    assert len(_tokenize(work, 0, changes=True).changed) == 1
+    # and what has too many faults is not read to its end
+    wrong = work._replace(field="other")
+    assert _tokenize(wrong, 3, changes=True).lost == 4
+
+
+def test_a_tokenizer_that_changes_meanwhile_is_told(tmp_path, monkeypatch):
+    byte_level().save(str(tmp_path / "t.json"))
+    (tmp_path / "a.txt").write_text("the scan " * 50)
+
+    def tokenized(*given: Any, **options: Any) -> None:
+        tokenize(*given, **options)
+        lossy().save(str(tmp_path / "t.json"))
+
+    monkeypatch.setattr(write, "tokenize", tokenized)
+    settings, selection = Settings(str(tmp_path / "t.json"), 0.0, 64), (str(tmp_path / "a.txt"),)
+    with pytest.raises(ValueError, match=r"t\.json changed meanwhile"):
+        prepare(Selection(selection), tmp_path / "out", settings, 1, tell=None)
+    assert not (tmp_path / "out").exists()
+    # of bytes there is no tokenizer, whatever an interrupted command has left
+    assert (tmp_path / "out.partial" / TOKENIZER_NAME).exists()
+    monkeypatch.setattr(write, "tokenize", tokenize)
+    prepare(Selection(selection), tmp_path / "out", Settings("bytes", 0.0, 64), 1, tell=None)
+    assert not (tmp_path / "out" / TOKENIZER_NAME).exists()
 
 
 def test_characters_that_are_dropped_are_seen(tmp_path):

@@ -152,5 +152,6 @@ def test_shards_of_a_url_are_fetched_once_and_read_alike(dataset, tmp_path):
     remote = TokenStream(config, "held_out")
     assert not list((tmp_path / "cache").rglob("*.mds"))
     assert np.array_equal(remote.read(0, 500)[0], local.read(0, 500)[0])
-    assert list((tmp_path / "cache").rglob("*.mds"))
+    (shard,) = (tmp_path / "cache").rglob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-100] + bytes(100))  # as a machine that died leaves it
     assert np.array_equal(TokenStream(config, "held_out").read(0, 9)[0], local.read(0, 9)[0])
