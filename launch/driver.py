@@ -5,12 +5,9 @@ control service is lost; the command (launch.ray_job) sees that, and starts anot
 below `launch.reaper`, is everything that a Ray of our own starts.
 """
 
-import os
 import signal
 import sys
-import threading
 import time
-import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,7 +15,6 @@ from typing import Any
 from launch.gang import (
     LaunchError,
     NoRoom,
-    Placed,
     check_own_ray,
     connect,
     draining,
@@ -28,6 +24,7 @@ from launch.gang import (
     rooms,
 )
 from launch.placement import Plan, plan
+from launch.rank import Board, Rank
 from launch.reaper import run_below
 from trainer.config import Config
 from trainer.events import Ended, Event, Pulse, Stop, Warned
@@ -144,13 +141,13 @@ class _Gang:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         config = planned.applied(self.config)
         if planned.workers < self.config.launch.workers:
             room = f"room for {planned.workers} of {self.config.launch.workers} workers"
             self.pipe.send(Warned(f"{room}: going on with these, sp={planned.sp}"))
         try:
-            with gang(config, _Worker, planned.nodes) as (workers, places):
+            with gang(config, Rank, planned.nodes) as (workers, places):
                 settings = environments(places, config.launch.cpus_per_worker)
                 self.seen = [Seen(place.host) for place in places]
                 running = {
@@ -203,12 +200,12 @@ class _Gang:
     def _look_around(self, planned: Plan) -> None:
         """Leave a machine that is to be taken away; take more workers where there is room."""
         check_own_ray()
-        if self.stop:
+        if self.stop == Stop.NOW:
             return
         if leaving := draining() & set(planned.nodes):
             self.end.moved = f"machine {min(leaving)[:8]} is to be taken away"
             self.stop = Stop.NOW
-        elif planned.workers < self.config.launch.workers:
+        elif not self.stop and planned.workers < self.config.launch.workers:
             free = rooms(self.config)
             for node in planned.nodes:
                 free[node] = free.get(node, 0) + 1
@@ -231,6 +228,8 @@ class _Gang:
         seen = self.seen[rank]
         try:
             kind, message = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:  # it lives, and what it ran has raised
+            kind, message = "crash", str(error)
         except ray.exceptions.RayError as error:
             kind = "lost"
             message = f"its process was lost ({type(error).__name__}) while {seen.pulse.doing}"
@@ -253,93 +252,6 @@ class _Gang:
             seen = self.seen[rank]
             message = f"did not answer for {waited}, while {seen.pulse.doing}"
             self.end.outcomes.append(Outcome(rank, "lost", message, seen.host, seen.pulse.step))
-
-
-class _Board:
-    """Where workers leave signs of life, rank 0 its events, and where it finds whether to stop."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.pulses: dict[int, Pulse] = {}
-        self.stop = Stop.NO
-
-    def put(self, event: Event) -> Stop:
-        self.events.append(event)
-        return self.stop
-
-    def beat(self, rank: int, pulse: Pulse) -> None:
-        self.pulses[rank] = pulse
-
-    def take(self, stop: Stop) -> tuple[list[Event], dict[int, Pulse]]:
-        self.stop = stop or self.stop
-        taken = self.events, self.pulses
-        self.events, self.pulses = [], {}
-        return taken
-
-
-class _Worker(Placed):
-    """One rank that runs the trainer once."""
-
-    def run(
-        self, config: Config, environment: dict[str, str], board: Any, submission: Submission
-    ) -> tuple[str, str]:
-        """Train; ("done", "") or what went wrong. Exceptions are told as text, never pickled."""
-        import ray
-
-        pulse, ended = Pulse(), threading.Event()
-        rank = int(environment["RANK"])
-
-        def beat() -> None:
-            while not ended.wait(0.5):
-                board.beat.remote(rank, pulse)
-
-        board.beat.remote(rank, pulse)
-        threading.Thread(target=beat, daemon=True).start()
-        os.environ.update(environment)
-        import torch
-
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        from trainer.guard import RunError
-        from trainer.train import train
-
-        answer = None
-
-        def report(event: Event) -> Stop:
-            # The answer to the last event is taken, so that a step never waits for the board.
-            nonlocal answer
-            stop = ray.get(answer) if answer is not None else Stop.NO
-            answer = board.put.remote(event)
-            return stop
-
-        try:
-            train(config, report, pulse, submission)
-        except (ValueError, RunError) as error:
-            return "fault", str(error)
-        except Exception as error:  # told to the driver, which decides for all workers
-            return ("cut" if _lost_others(error) else "crash"), _told(error)
-        finally:
-            ended.set()
-        if answer is not None:
-            ray.get(answer)
-        return "done", ""
-
-
-def _lost_others(error: Exception) -> bool:
-    """Whether a collective has failed: because of another worker, or of the network between."""
-    import torch
-
-    said = str(error)
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError)
-        and any(word in said for word in ("gloo", "NCCL", "Connection closed by peer", "Timed out"))
-    )
-
-
-def _told(error: Exception) -> str:
-    """One line where the project itself says what is wrong, else all that there is."""
-    from trainer.guard import ReplicaError
-
-    return str(error) if isinstance(error, ReplicaError) else traceback.format_exc()
 
 
 def main() -> None:

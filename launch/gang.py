@@ -159,39 +159,40 @@ def find_room(
     whole, least = launch.workers, launch.min_workers or launch.workers
     started = time.monotonic()
     waits = False
-    while True:
-        found = rooms(config)
-        planned = plan(config, found)
-        waited = time.monotonic() - started
-        if planned and (planned.workers == whole or waited > launch.wait_seconds):
-            break
-        check_own_ray()
-        if should_stop():
-            return None
-        # what a lost worker held may be on its way back for a moment
-        if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
-            raise NoRoom(
-                f"{whole} workers (at least {least}) do not spread evenly over the machines, whose "
-                f"room is {shown(found)}: every machine that is used must take as many; change "
-                f"launch.workers, launch.min_workers or parallel.sp"
-            )
-        if waited > launch.wait_seconds:
-            raise NoRoom(
-                f"the cluster has no room for launch.workers {whole} (at least {least}) of "
-                f"{_bundle(config)} each after launch.wait_seconds {launch.wait_seconds:g}: "
-                f"{shown(found)}"
-            )
-        if not waits and waited > SETTLE_SECONDS:
-            waits = True
-            _ask_for_machines(config, whole)
-            told(
-                f"room for {planned.workers if planned else 0} of {whole} workers so far "
-                f"({shown(found)}), waiting up to launch.wait_seconds {launch.wait_seconds:g}"
-            )
-        time.sleep(0.2)
-    if waits:
-        _ask_for_machines(config, 0)
-    return planned
+    try:
+        while True:
+            found = rooms(config)
+            planned = plan(config, found)
+            waited = time.monotonic() - started
+            if planned and (planned.workers == whole or waited > launch.wait_seconds):
+                return planned
+            check_own_ray()
+            if should_stop():
+                return None
+            # what a lost worker held may be on its way back for a moment
+            if waited > SETTLE_SECONDS and not planned and sum(found.values()) >= whole:
+                raise NoRoom(
+                    f"{whole} workers (at least {least}) do not spread evenly over the machines, "
+                    f"whose room is {shown(found)}: every machine that is used must take as many; "
+                    f"change launch.workers, launch.min_workers or parallel.sp"
+                )
+            if waited > launch.wait_seconds:
+                raise NoRoom(
+                    f"the cluster has no room for launch.workers {whole} (at least {least}) of "
+                    f"{_bundle(config)} each after launch.wait_seconds {launch.wait_seconds:g}: "
+                    f"{shown(found)}"
+                )
+            if not waits and waited > SETTLE_SECONDS:
+                waits = True
+                _ask_for_machines(config, whole)
+                told(
+                    f"room for {planned.workers if planned else 0} of {whole} workers so far "
+                    f"({shown(found)}), waiting up to launch.wait_seconds {launch.wait_seconds:g}"
+                )
+            time.sleep(0.2)
+    finally:
+        if waits:
+            _ask_for_machines(config, 0)
 
 
 def check_own_ray() -> None:

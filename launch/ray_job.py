@@ -142,8 +142,7 @@ class Jobs:
             else:
                 shown = _first_cause(end)
             if should_stop():
-                on_event(Warned(f"{shown}: not started again, as it was asked to stop"))
-                return False
+                raise kind(f"{shown}: not started again, as it was asked to stop")
             tally.fail(shown, kind)
             again = f"starting all workers again from the last checkpoint ({tally})"
             on_event(Warned(f"{shown}: {again}"))
@@ -178,6 +177,10 @@ class _Tally:
         return f"{self.failures} of {self._limit}"
 
 
+class _Lost(Exception):
+    """The driver's process does not answer any more."""
+
+
 class _Driver:
     """The process that speaks with Ray, from here."""
 
@@ -209,7 +212,7 @@ class _Driver:
         asked = False
         deadline = time.monotonic() + CONNECT_SECONDS
         try:
-            self._pipe.send((config, submission))
+            self._say((config, submission))
             while True:
                 if not self._connected and (time.monotonic() > deadline or should_stop()):
                     self._process.send_signal(signal.SIGHUP)  # it would try for minutes
@@ -219,22 +222,33 @@ class _Driver:
                     return Refused(no_cluster(waited) if "RAY_ADDRESS" in os.environ else waited)
                 if should_stop() and not asked:
                     asked = True
-                    self._pipe.send(Stop.NOW)
-                if not self._pipe.poll(0.2):
-                    continue
-                message: Any = self._pipe.recv()
+                    self._say(Stop.NOW)
+                message = self._hear()
                 if isinstance(message, GangEnd | Refused):
                     return message
                 if isinstance(message, Connected):
                     self._connected = True
-                    continue
-                on_event(message)
-        except (EOFError, OSError):
+                elif message is not None:
+                    on_event(message)
+        except _Lost:
             return None
+
+    def _say(self, message: object) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            raise _Lost from None
+
+    def _hear(self) -> Any:
+        """What it says within a moment, if anything."""
+        try:
+            return self._pipe.recv() if self._pipe.poll(0.2) else None
+        except (EOFError, OSError):
+            raise _Lost from None
 
     def last_words(self) -> str:
         """Why it ended: by Python's word, or by Ray, which ends it when it is alone."""
-        self._process.wait()
+        self._end(20)
         self._said.seek(0)
         errors = re.findall(r"^\w*Error: (.+)", self._said.read(), re.MULTILINE)
         return errors[-1] if errors else "its control service does not answer any more"
@@ -242,12 +256,16 @@ class _Driver:
     def close(self) -> None:
         """End it, and all that it has started here."""
         self._pipe.close()
+        self._end(20)
+        self._said.close()
+
+    def _end(self, seconds: float) -> None:
+        """Wait until it ends, for so long."""
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self._process.send_signal(signal.SIGHUP)  # launch.reaper: all below it, now
             self._process.wait()
-        self._said.close()
 
 
 def _first_cause(end: GangEnd) -> str:

@@ -13,6 +13,7 @@ class StopWatch:
     def __init__(self, message: str, max_seconds: float | None = None) -> None:
         """Watches signals from here on; a second Ctrl-C or SIGTERM stops at once."""
         self._message, self._asked, self.preempted = message, False, False
+        self._heard = False  # Ctrl-C or SIGTERM
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(wish, self._ask)
@@ -23,8 +24,9 @@ class StopWatch:
         return self._asked
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked and number != signal.SIGUSR1:
+        if (number == signal.SIGINT and self._asked) or (number == signal.SIGTERM and self._heard):
             raise KeyboardInterrupt
+        self._heard |= number != signal.SIGUSR1
         again = "; again to stop at once"
         if number == signal.SIGINT:
             self._stop(f"\n{self._message}{again}", preempted=False)

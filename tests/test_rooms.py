@@ -27,7 +27,13 @@ ALLOWED = {
     "launch": {"launch", "trainer", "models", "data_prep.files"},
 }
 DOORS = {
-    "ray": ("launch/gang.py", "launch/driver.py", "launch/doctor.py", "launch/compare/cells.py"),
+    "ray": (
+        "launch/gang.py",
+        "launch/driver.py",
+        "launch/rank.py",
+        "launch/doctor.py",
+        "launch/compare/cells.py",
+    ),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
     "triton": (

@@ -58,6 +58,14 @@ class Saved:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class SaveFault:
+    """What went wrong with a save; whether the checkpoint is in the run's folder all the same."""
+
+    message: str
+    is_here: bool
+
+
 class Saver:
     """Writes checkpoints beside the training, one at a time, on groups of their own.
 
@@ -67,7 +75,7 @@ class Saver:
     def __init__(self, run: RunFolder, keep: int, peers: Peers, mirror: Mirror | None) -> None:
         self._run, self._keep, self._peers, self._mirror = run, keep, peers, mirror
         self._thread: Thread | None = None
-        self.fault: str | None = None  # of the last save that has ended
+        self.fault: SaveFault | None = None  # of the last save that has ended
 
     def start(self, manifest: Manifest, files: Files) -> None:
         """Begin to write this worker's `files`, when the save before has ended."""
@@ -91,7 +99,8 @@ class Saver:
                 manifest.files |= share
             peers.on_first(lambda: self._commit(partial, final, manifest))
         except Exception as error:  # told to the run, which decides; a lost peer is one too
-            self.fault = f"the checkpoint of step {manifest.step} was not written: {error}"
+            told = f"the checkpoint of step {manifest.step} was not written: {error}"
+            self.fault = SaveFault(told, is_here=False)
             if peers.first:
                 shutil.rmtree(partial, ignore_errors=True)  # its room is needed
             return
@@ -101,7 +110,8 @@ class Saver:
                 peers.together(lambda: mirror.upload(final, list(sealed)))
                 peers.on_first(lambda: mirror.commit(final, self._keep))
             except Exception as error:
-                self.fault = f"the checkpoint of step {manifest.step} is in {final} alone: {error}"
+                told = f"the checkpoint of step {manifest.step} is in {final} alone: {error}"
+                self.fault = SaveFault(told, is_here=True)
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         write_whole(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
@@ -176,7 +186,7 @@ def fetch(
         if wanted is not None:
             return wanted if wanted in there and not (run.checkpoints / wanted).is_dir() else None
         here = [path.name for path in run.saved()[:1]]
-        newer = bool(there) and (not here or _place(there[0]) > _place(here[0]))
+        newer = bool(there) and (not here or place(there[0]) > place(here[0]))
         return there[0] if newer else None
 
     names = topology.gather_objects(topology.together(missing))
@@ -189,45 +199,20 @@ def fetch(
     files = topology.gather_objects(topology.together(lambda: mirror.files(name)))[0]
     mine = files[topology.rank :: topology.world_size]
     topology.together(lambda: mirror.download(name, mine, partial))
-    topology.on_first(lambda: _record(run, partial, _place(name)[0]))
+    topology.on_first(lambda: _record(run, partial, place(name)[0]))
     topology.on_first(lambda: _replace(partial, partial.with_suffix("")))
     return True
 
 
-def go_back(run: RunFolder, step: int) -> list[Path]:
-    """Put aside what was saved after `step`: the folders, by their names before.
-
-    Raises ValueError where there is none of that step.
-    """
-    wanted, here = run.checkpoint(step), run.saved()
-    if not wanted.is_dir():
-        names = ", ".join(path.name for path in here) or "none"
-        raise ValueError(
-            f"checkpoint.resume_step {step}: {run.checkpoints} has no checkpoint of that step "
-            f"(it has {names})"
-        )
-    later = [path for path in here if _place(path.name) > (step, 0)]
-    for path in later:
-        _leave(path)
-    return later
-
-
-def take_back(run: RunFolder, step: int) -> bool:
-    """Take the checkpoint of that step back, if it was put aside; whether it was."""
-    wanted = run.checkpoint(step)
-    aside = wanted.with_suffix(LEFT)
-    if found := not wanted.exists() and aside.is_dir():
-        aside.rename(wanted)
+def place(name: str) -> tuple[int, int]:
+    """The step of a checkpoint's name, and the runs of segments amid the next."""
+    found = place_of(name)
+    assert found, name
     return found
 
 
-def _place(name: str) -> tuple[int, int]:
-    place = place_of(name)
-    assert place, name
-    return place
-
-
-def _leave(path: Path) -> Path:
+def put_aside(path: Path) -> Path:
+    """A checkpoint that counts no more; its new name."""
     aside = path.with_suffix(LEFT)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
@@ -239,7 +224,7 @@ def note_bad_steps(run: RunFolder, since: int, on_bad_step: str) -> None:
 
     Those are the newest one, and any that was saved in between.
     """
-    led = [p for i, p in enumerate(run.saved()) if i == 0 or _place(p.name)[0] >= since - 1]
+    led = [p for i, p in enumerate(run.saved()) if i == 0 or place(p.name)[0] >= since - 1]
     digests = [file_sha256(path / MANIFEST) for path in led]
     line = {"since": since, "manifests_sha256": digests, "on_bad_step": on_bad_step}
     add_line(run.bad_steps, line)
@@ -254,7 +239,7 @@ def leave_bad(run: RunFolder, on_bad_step: str) -> tuple[list[Path], int]:
     if not lines or (on_bad_step == "skip" and lines[-1]["on_bad_step"] != "skip"):
         return [], 0
     led = lines[-1]["manifests_sha256"]
-    left = [_leave(p) for p in run.saved()[:-1] if file_sha256(p / MANIFEST) in led]
+    left = [put_aside(p) for p in run.saved()[:-1] if file_sha256(p / MANIFEST) in led]
     if left:  # once: made anew, to the bit, such a checkpoint may have led farther
         add_line(run.bad_steps, {**lines[-1], "manifests_sha256": []})
     return left, lines[-1]["since"]

@@ -61,14 +61,30 @@ def go_back(
     topology, wanted = worker.topology, _wanted(worker)
     left: list[Path] = []
 
+    path = folder.checkpoint(wanted)
+
     def take_back() -> None:
-        if checkpoint.take_back(folder, wanted):
-            worker.warn(f"{folder.checkpoint(wanted)} had been put aside before, and is back")
+        aside = path.with_suffix(checkpoint.LEFT)
+        if not path.exists() and aside.is_dir():
+            aside.rename(path)
+            worker.warn(f"{path} had been put aside before, and is back")
+
+    def leave_later() -> None:
+        here = folder.saved()
+        if not path.is_dir():
+            names = ", ".join(each.name for each in here) or "none"
+            raise ValueError(
+                f"checkpoint.resume_step {wanted}: {folder.checkpoints} has no checkpoint of that "
+                f"step (it has {names})"
+            )
+        left.extend(each for each in here if checkpoint.place(each.name) > (wanted, 0))
+        for each in left:
+            checkpoint.put_aside(each)
 
     topology.on_first(take_back)
     if mirror:
-        checkpoint.fetch(folder, mirror, topology, brought, folder.checkpoint(wanted).name)
-    topology.on_first(lambda: left.extend(checkpoint.go_back(folder, wanted)))
+        checkpoint.fetch(folder, mirror, topology, brought, path.name)
+    topology.on_first(leave_later)
     return left
 
 
@@ -94,12 +110,12 @@ def settle(
             worker.warn(f"going back to step {wanted}: {path} is put aside")
         bad = len(read_lines(folder.bad_steps))
         line = {"step": wanted, "asked_sha256": asked(worker.config), "bad_steps": bad}
-        add_line(folder.went_back, line)
         if mirror:
             later = [n for n in mirror.saved() if (place_of(n) or (0, 0)) > (wanted, 0)]
             for name in later:
                 mirror.withdraw(name)
             mirror.keep_note(NOTE, json.dumps(line))
+        add_line(folder.went_back, line)  # last: what is cut off before is done again
 
     if saved is None or (saved.manifest.step, saved.manifest.runs) != (wanted, 0):
         worker.topology.on_first(undo)

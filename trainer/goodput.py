@@ -5,6 +5,7 @@ them, at which step they went on, how many steps were lost, how long it took to 
 code ran on what.
 """
 
+import json
 import math
 import statistics
 import time
@@ -12,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 
+from data_prep.files import write_whole
 from trainer.config import CheckpointConfig
 from trainer.provenance import commit
 from trainer.run_folder import Line, RunFolder, add_line, read_lines
@@ -35,6 +37,11 @@ class Goodput:
         self._provenance = {"commit": commit(), "hardware": hardware}
         lines, starts = read_lines(folder.metrics), read_lines(folder.starts)
         last = lines[-1] if lines else {}
+        # a start before may have been lost when its lines were dropped, and no step was taken
+        last = max([last, *read_lines(folder.behind)], key=lambda line: line.get("step", 0))
+        if last.get("step", 0) > step:
+            kept = {name: last.get(name, 0) for name in ("step", "elapsed_seconds")}
+            write_whole(folder.behind, json.dumps(kept) + "\n")
         same = bool(starts) and starts[-1]["submission"] == submission.name
         self._lost_steps = max(0, last.get("step", 0) - step)
         self._useful = sum(line["step_seconds"] for line in taken(lines) if line["step"] <= step)
@@ -64,6 +71,7 @@ class Goodput:
         elapsed = self.elapsed()
         if not self._told:
             self._told = True
+            self._folder.behind.unlink(missing_ok=True)
             record = {
                 "submission": self._submission.name,
                 "submitted": self._submission.at,

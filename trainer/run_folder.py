@@ -30,7 +30,9 @@ LINES: dict[str, tuple[str, ...]] = RISING | {
     "manifests.jsonl": ("step", "sha256"),
     "bad_steps.jsonl": ("since", "manifests_sha256", "on_bad_step"),
     "went_back.jsonl": ("step", "asked_sha256"),
+    "behind.jsonl": ("step", "elapsed_seconds"),
 }
+LEASE_SECONDS = 120.0  # after which NFS frees what a lost machine held (90, unless set otherwise)
 RESULT_KEYS = ("step", "loss", "bits_per_byte", "tokens", "baselines", "by_position")
 
 
@@ -46,6 +48,8 @@ class RunFolder:
         self.progress = self.path / "progress.json"  # of a streamed step that is under way
         self.sequences = self.path / "sequences.jsonl"  # the first token of each, by step
         self.starts = self.path / "starts.jsonl"  # trainer.goodput
+        # the last step before a start that goes back behind it, until it has taken one
+        self.behind = self.path / "behind.jsonl"
         self.history = self.path / "configurations.jsonl"  # each that a start has changed
         self.manifests = self.path / "manifests.jsonl"  # digests of the checkpoints' manifests
         self.bad_steps = self.path / "bad_steps.jsonl"  # that ended a start, and where it stood
@@ -76,37 +80,48 @@ class RunFolder:
         newest = self.saved()[:1]
         return _object(newest[0] / MANIFEST, ("step", "data_fingerprint")) if newest else None
 
-    def hold(self, patience_seconds: float) -> int:
+    def hold(self, patience_seconds: float, submission: str = "") -> int:
         """Be the only one that writes here, until this process ends; the open lock.
 
         The system frees it with the process, however that ends, and network storage does so too
-        (NFS since Linux 2.6.12). One that is just ending is waited for. Raises ValueError that
-        names who else is at it.
+        (NFS since Linux 2.6.12), though of a lost machine only after a while. One that is just
+        ending is waited for. Raises ValueError that names who else is at it, and RuntimeError
+        where that is a lost worker of the same submission.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise self.unwritable(error) from None
-        deadline = time.monotonic() + patience_seconds
+        began = time.monotonic()
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(handle, 200, 0).decode() or "another process"
+                found = os.pread(handle, 400, 0).decode(errors="replace")
+                holder, _, its = found.partition("\n")
+                waited, own = time.monotonic() - began, bool(submission) and its == submission
+                if waited > (LEASE_SECONDS if own else patience_seconds):
                     os.close(handle)
+                    used = f"run.dir {self.path} is in use: {holder or 'another process'}"
+                    if own:
+                        lost = "which was lost, still holds it"
+                        raise RuntimeError(f"{used}, {lost} after {waited:.0f} s") from None
                     raise ValueError(
-                        f"run.dir {self.path} is in use: {holder} trains in it; wait for its end, "
-                        f"stop it, or choose another run.dir"
+                        f"{used} trains in it; wait for its end, stop it, or choose another run.dir"
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:
+                os.close(handle)
+                raise ValueError(
+                    f"run.dir {self.path} cannot be locked ({error.strerror}): choose storage "
+                    f"that has flock"
+                ) from None
         os.ftruncate(handle, 0)
         at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        os.pwrite(
-            handle, f"process {os.getpid()} of {socket.gethostname()}, since {at},".encode(), 0
-        )
+        holder = f"process {os.getpid()} of {socket.gethostname()}, since {at},"
+        os.pwrite(handle, f"{holder}\n{submission}".encode(), 0)
         return handle
 
     def unwritable(self, error: OSError) -> ValueError:

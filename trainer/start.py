@@ -114,12 +114,23 @@ def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mi
     remote = settings.remote
     mirror = topology.together(lambda: Mirror(remote)) if remote else None
 
+    unreachable: list[str] = []  # where what is here is enough
+
     def is_ours(mirror: Mirror) -> None:
-        if there := checkpoint.mirrored(mirror):  # a save would prune it, if nothing else
+        try:
+            there = checkpoint.mirrored(mirror)
+        except OSError as error:
+            if not folder.saved():
+                raise
+            unreachable.append(str(error))
+            worker.warn(f"{error}: going on from what is in {folder.checkpoints}")
+            return
+        if there:  # a save would prune it, if nothing else
             _check_resume(there, f"kept at checkpoint.remote {remote}", config, data)
 
     if mirror:
         topology.on_first(partial(is_ours, mirror))
+    cut_off = bool(topology.gather_objects(unreachable)[0])
     brought: set[str] = set()
     wish = settings.resume_step is not None
     note = going_back.went_back(worker, folder, mirror) if wish else None
@@ -131,7 +142,7 @@ def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mi
             saved = None
         going_back.settle(worker, folder, mirror, saved, left)
     else:
-        if mirror:
+        if mirror and not cut_off:
             checkpoint.fetch(folder, mirror, topology, brought)
         _leave_bad(worker, folder, mirror, note["bad_steps"] if note else 0)
         saved = _newest_intact(worker, folder, mirror, brought)

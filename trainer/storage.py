@@ -71,13 +71,16 @@ class Mirror:
         Unless storage has lost what it was given: a store that is started again may have.
         """
         found = self._sizes(folder.name)
-        for path in (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        here = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+        for path in here:
             name = path.relative_to(folder).as_posix()
             if found.get(name) != path.stat().st_size:
                 raise OSError(
                     f"checkpoint.remote {self._address}: {folder.name}/{name} has "
                     f"{found.get(name, 0)} of {path.stat().st_size} bytes"
                 )
+        for name in set(found) - {path.relative_to(folder).as_posix() for path in here}:
+            self._try(self._files.rm_file, self._path(folder.name, name))  # of one that was cut off
         self.upload(folder, [MANIFEST])
         stay = kept(self.saved(), keep, folder.name)
         for path in self._try(self._files.glob, self._path("step-*")):  # unfinished ones too

@@ -49,8 +49,9 @@ def train(
     the last checkpoint stays good.
     """
     worker = Worker.join(config, report, pulse)
-    with _held(worker):
-        run = _Run(worker, submission or of_this_process())
+    submission = submission or of_this_process()
+    with _held(worker, submission):
+        run = _Run(worker, submission)
         run.announce()
         run.evaluate_when_due()  # where an earlier start saved this step, and ended before
         stop = Stop.NO
@@ -70,11 +71,11 @@ def train(
 
 
 @contextmanager
-def _held(worker: Worker) -> Iterator[None]:
+def _held(worker: Worker, submission: Submission) -> Iterator[None]:
     """The run's folder, for this run alone."""
-    locks: list[int] = []
-    folder = RunFolder(worker.config.run.dir)
-    worker.topology.on_first(lambda: locks.append(folder.hold(LOCK_PATIENCE_SECONDS)))
+    locks, folder = list[int](), RunFolder(worker.config.run.dir)
+    name = submission.name
+    worker.topology.on_first(lambda: locks.append(folder.hold(LOCK_PATIENCE_SECONDS, name)))
     try:
         yield
     finally:
@@ -262,10 +263,12 @@ class _Run:
         faults = self.topology.gather_objects(self.saver.fault)
         self.saver.fault = None
         fault = next((fault for fault in faults if fault), None)
-        if fault and (last or self.config.checkpoint.on_failure == "stop"):
-            raise ValueError(fault)
-        if fault:
-            self.worker.warn(f"{fault}; the next save tries again")
+        if fault is None:
+            return
+        goes_on = fault.is_here and self.step < self.last_step  # here, or where it is moved to
+        if (last and not goes_on) or self.config.checkpoint.on_failure == "stop":
+            raise ValueError(fault.message)
+        self.worker.warn(f"{fault.message}; the next save tries again")
 
     def note_bad_step(self) -> None:
         """For the next start, which goes back beyond the checkpoint that led here."""

@@ -102,6 +102,8 @@ class _Attempt:
                 if not _finished(config):
                     raise LaunchError(_unfinished(config))
             except LaunchError as error:  # marked in the report, and tried again next time
+                if self.should_stop():
+                    raise _Stopped from None
                 self.lost[name] = str(error).strip().splitlines()[-1]
                 self.show(f"  {folder} failed: {error}")
         return _curve(config).rank if _finished(config) else LOST

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from launch.gang import LaunchError
 from launch.progress import Progress
 from launch.ray_job import load_for_here, run_job
 from launch.stop import PREEMPTED, StopWatch
@@ -24,7 +25,13 @@ def run(args: argparse.Namespace) -> int:
     should_stop = StopWatch("stopping after the next step and a checkpoint", config.run.max_seconds)
     print(f"starting {config.launch.workers} workers", flush=True)
     with Progress() as progress:
-        finished = run_job(config, progress.show, should_stop)
+        try:
+            finished = run_job(config, progress.show, should_stop)
+        except LaunchError as error:
+            if not should_stop.preempted:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return PREEMPTED
     folder = RunFolder(config.run.dir)
     if not finished:
         print(f"stopped in good order; the same command goes on from {folder.checkpoints}")

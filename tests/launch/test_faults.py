@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 
 # what is found by a word of its command line, and the signal that it gets
 FAULTS = {
-    "worker killed": ("_Worker", signal.SIGKILL),
-    "worker stopped": ("_Worker", signal.SIGSTOP),
+    "worker killed": ("ray::Rank", signal.SIGKILL),
+    "worker stopped": ("ray::Rank", signal.SIGSTOP),
     "machine lost (its raylet)": ("raylet/raylet", signal.SIGKILL),
     "Ray's control service killed": ("gcs_server", signal.SIGKILL),
     "the process that speaks with Ray": ("launch.driver", signal.SIGKILL),

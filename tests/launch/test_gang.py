@@ -1,11 +1,10 @@
 """What workers are told of their world, and what a launcher refuses, without a Ray."""
 
-import argparse
-import os
 import signal
 import subprocess
 import sys
-import time
+from multiprocessing import Pipe
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -13,13 +12,22 @@ import pytest
 
 from launch.__main__ import main
 from launch.compare.file import ComparisonFile
-from launch.driver import GangEnd, Outcome, Refused
-from launch.gang import LaunchError, Place, _interface_of, environments
-from launch.ray_job import Jobs, _first_cause, _shared_message, _Tally, place_faults, run_job
-from launch.stop import PREEMPTED, StopWatch
-from launch.verbs import train as verb
+from launch.driver import GangEnd, Outcome, Refused, _Gang
+from launch.gang import LaunchError, NoRoom, Place, _interface_of, environments, find_room
+from launch.rank import Rank
+from launch.ray_job import (
+    Jobs,
+    _Driver,
+    _first_cause,
+    _shared_message,
+    _Tally,
+    place_faults,
+    run_job,
+)
 from tests.launch.conftest import ROOT, without_ray
 from trainer.config import Config, LaunchConfig, load_config
+from trainer.events import Stop, Warned
+from trainer.goodput import Submission
 from trainer.settings import described, leaves_of
 
 
@@ -117,7 +125,69 @@ def test_one_ray_serves_several_runs(monkeypatch):
         with pytest.raises(LaunchError, match="no room"):
             train(two, Refused("no room"))
         assert train(two, done) == 4
+        ends[:] = [GangEnd([Outcome(0, "crash", "out of memory")])]
+        with pytest.raises(LaunchError, match="out of memory: not started again, as it was asked"):
+            jobs.run(two, told.append, lambda: True)
     assert closed == started
+
+
+def test_what_the_watcher_raises_is_not_a_lost_driver():
+    """A closed pipe of the person's, or a log on a full disk: it ends there, and nobody waits."""
+    driver: Any = object.__new__(_Driver)
+    driver._connected = True
+    driver._pipe, theirs = Pipe()
+    theirs.send(Warned("something"))
+
+    def closed(_: object) -> None:
+        raise BrokenPipeError("Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        driver.run(Config(), Submission("a", 0.0), closed, lambda: False)
+    theirs.close()
+    assert driver.run(Config(), Submission("a", 0.0), closed, lambda: False) is None
+
+
+def test_a_driver_that_does_not_end_is_ended():
+    driver: Any = object.__new__(_Driver)
+    driver._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    driver._end(0.1)
+    assert driver._process.returncode == -signal.SIGHUP
+
+
+def test_a_machine_that_leaves_is_left_though_more_room_is_waited_for(monkeypatch):
+    ours, _ = Pipe()
+    gang: Any = _Gang(Config(), Submission("a", 0.0), ours)
+    monkeypatch.setattr("launch.driver.check_own_ray", lambda: None)
+    monkeypatch.setattr("launch.driver.draining", lambda: {"first", "other"})
+    gang.stop, gang.end.moved = Stop.AT_CHECKPOINT, "there is room for 4 workers"
+    gang._look_around(SimpleNamespace(nodes=("first", "second"), workers=2))
+    assert gang.stop == Stop.NOW
+    assert gang.end.moved == "machine first is to be taken away"
+
+
+def test_machines_are_asked_for_until_the_waiting_ends(monkeypatch):
+    """However it ends: an autoscaler keeps what was asked for."""
+    asked: list[int] = []
+    monkeypatch.setattr("launch.gang.rooms", lambda _: {})
+    monkeypatch.setattr("launch.gang.check_own_ray", lambda: None)
+    monkeypatch.setattr("launch.gang.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("launch.gang._ask_for_machines", lambda _, count: asked.append(count))
+    config = Config(launch=LaunchConfig(workers=3, wait_seconds=0.5))
+    assert find_room(config, lambda _: None, lambda: bool(asked)) is None
+    assert asked == [3, 0]
+    with pytest.raises(NoRoom):
+        find_room(config, lambda _: None, lambda: False)
+    assert asked == [3, 0, 3, 0]
+
+
+def test_a_machine_that_lacks_a_package_is_told_by_its_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trainer.guard", None)
+    board = SimpleNamespace(beat=SimpleNamespace(remote=lambda *_: None))
+    environment = {"RANK": "0", "OMP_NUM_THREADS": "1"}
+    kind, message = Rank.run(object.__new__(Rank), Config(), environment, board, None)
+    assert kind == "fault"
+    assert "cannot import what a run needs: " in message
+    assert "trainer.guard" in message
 
 
 def _end(*outcomes: Outcome) -> GangEnd:
@@ -159,59 +229,6 @@ def test_what_a_user_sets_of_the_collectives_is_passed_on(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib1")
     told = environments([place], 1)[0]
     assert (told["NCCL_SOCKET_IFNAME"], told["GLOO_SOCKET_IFNAME"]) == ("ib0", "ib1")
-
-
-@pytest.mark.parametrize(
-    ("number", "preempted"),
-    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
-)
-def test_a_person_stops_and_a_machine_preempts(number, preempted, capsys):
-    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        watch = StopWatch("stopping")
-        assert not watch()
-        os.kill(os.getpid(), number)
-        assert watch()
-        assert watch.preempted == preempted
-        assert "stopping" in capsys.readouterr().out
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for wish, handler in kept.items():
-            signal.signal(wish, handler)
-
-
-def test_time_is_a_limit_too(monkeypatch, capsys):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    watch = StopWatch("stopping", max_seconds=0.05)
-    assert not watch()
-    time.sleep(0.06)
-    assert watch()
-    assert watch.preempted
-    assert "run.max_seconds have passed" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("preempted", [True, False])
-def test_train_exits_with_75_where_a_machine_preempts(config_file, monkeypatch, capsys, preempted):
-    """And as a run that ended where a person asked; the wish is heard, and the time limit known."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    limits: list[float] = []
-
-    def run_job(config: Config, on_event: Any, should_stop: StopWatch) -> bool:
-        limits.append(should_stop._deadline - time.monotonic())
-        assert not should_stop()
-        os.kill(os.getpid(), signal.SIGTERM if preempted else signal.SIGINT)
-        return not should_stop()
-
-    monkeypatch.setattr("launch.verbs.train.run_job", run_job)
-    command = argparse.Namespace(config=str(config_file), overrides=["run.max_seconds=60"])
-    try:
-        assert verb.run(command) == (PREEMPTED if preempted else 0)
-    finally:
-        for wish, handler in kept.items():
-            signal.signal(wish, handler)
-    assert "stopped in good order" in capsys.readouterr().out
-    assert 50 < limits[0] <= 60
 
 
 def test_every_key_is_told(capsys):

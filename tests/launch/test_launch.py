@@ -159,7 +159,7 @@ def test_lost_workers_are_named_and_replaced(config_file, head):
     )
     for how, step in ((signal.SIGKILL, 15), (signal.SIGSTOP, 35)):
         wait_for(lambda step=step: len(_steps(run)) >= step)
-        workers = [p for p in head.processes("_Worker") if p.status() != psutil.STATUS_ZOMBIE]
+        workers = [p for p in head.processes("ray::Rank") if p.status() != psutil.STATUS_ZOMBIE]
         assert len(workers) == 2
         workers[1].send_signal(how)
     _, errors = driver.communicate(timeout=300)

@@ -1,7 +1,10 @@
 """Saves beside the training: what a full disk, a second place and a second start do."""
 
+import errno
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,32 @@ def test_a_run_folder_has_one_run(config_file):
     finally:
         os.close(lock)
     os.close(folder.hold(0))
+
+
+def test_a_folder_that_a_lost_worker_of_the_same_submission_holds_is_waited_for(
+    config_file, monkeypatch
+):
+    """Network storage frees what a lost machine held after a while; another run's is refused."""
+    monkeypatch.setattr("trainer.run_folder.LEASE_SECONDS", 0.6)
+    folder = RunFolder(config_file.parent / "run")
+    lock = folder.hold(0, "mine")
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"in use: process \d+ of .*, which was lost, still"):
+        folder.hold(0, "mine")
+    assert time.monotonic() - began > 0.6
+    with pytest.raises(ValueError, match="wait for its end"):
+        folder.hold(0, "another")
+    threading.Timer(0.2, os.close, [lock]).start()
+    os.close(folder.hold(0, "mine"))
+
+
+def test_storage_without_locks_is_told(config_file, monkeypatch):
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ValueError, match=r"cannot be locked .Function not implemented.: choose"):
+        RunFolder(config_file.parent / "run").hold(0)
 
 
 def test_a_save_holds_up_one_step_and_sequences_are_told(config_file):

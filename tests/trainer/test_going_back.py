@@ -1,13 +1,16 @@
 """Back to an earlier checkpoint: asked for by its step, or since a later one led to a bad step."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from tests.trainer.runs import figures, run, started_at, warnings
+from tests.distributed import run_distributed
+from tests.trainer.runs import figures, run, started_at, train_here, warnings
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, WEIGHTS
 from trainer.config import load_config, load_dumped
+from trainer.events import Event
 from trainer.run_folder import RunFolder, read_lines
 from trainer.settings import ConfigError
 from trainer.storage import Mirror
@@ -156,3 +159,24 @@ def test_a_start_after_a_nan_goes_back_beyond_what_led_there(config_file):
     assert (folder.checkpoints / "step-000003.left").is_dir()
     started = run(config_file, 1, *every, "checkpoint.resume_step=3", "train.stop_after=1")
     assert started_at(started) == 3  # that of the run that was mended
+
+
+def _withdraws_nothing(config_file: Path, overrides: list[str]) -> list[Event]:
+    """In this rank: the store refuses to let go of what it has."""
+
+    def refuse(self: Mirror, name: str) -> None:
+        raise OSError("checkpoint.remote: forbidden")
+
+    Mirror.withdraw = refuse
+    return train_here(config_file, overrides)
+
+
+@pytest.mark.slow
+def test_going_back_that_was_cut_off_is_done_again(config_file, tmp_path):
+    """What is later at the address does not come back, though it was not withdrawn at first."""
+    kept = [*BASE, "checkpoint.every=1", f"checkpoint.remote=file://{tmp_path}/kept"]
+    run(config_file, 1, *kept)
+    back = [*kept, "checkpoint.resume_step=2", "train.stop_after=1"]
+    with pytest.raises(AssertionError, match="forbidden"):
+        run_distributed(_withdraws_nothing, 1, config_file, back, fresh=True)
+    assert started_at(run(config_file, 1, *back)) == 2

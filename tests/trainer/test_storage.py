@@ -15,10 +15,20 @@ import fsspec
 import pytest
 
 from tests.distributed import free_port, run_distributed
-from tests.trainer.runs import figures, refused, run, started_at, train_here, warnings
-from trainer.events import Event
+from tests.trainer.runs import (
+    figures,
+    of_kind,
+    refused,
+    run,
+    started_at,
+    train_here,
+    warnings,
+)
+from trainer.config import load_config
+from trainer.events import Event, Stepped, Stop
 from trainer.run_folder import RunFolder
 from trainer.storage import MANIFEST, Mirror
+from trainer.train import train
 
 
 class Store:
@@ -94,6 +104,18 @@ def test_a_checkpoint_counts_at_an_address_when_all_of_it_is_there(store, tmp_pa
     mirror.download("step-000030", NAMES, tmp_path / "back")
     for name in NAMES:
         assert (tmp_path / "back" / name).read_bytes() == (folders[2] / name).read_bytes()
+
+    # what an upload that was cut off has left there, of more workers, is none of its files
+    again = _checkpoint(tmp_path, 35)
+    (again / "deepspeed" / "rank-3.pt").write_bytes(b"left")
+    mirror.upload(again, [*NAMES, "deepspeed/rank-3.pt"])
+    (again / "deepspeed" / "rank-3.pt").unlink()
+    mirror.upload(again, NAMES)
+    mirror.commit(again, keep=2)
+    assert mirror.files("step-000035") == [*NAMES[:1], MANIFEST, *NAMES[1:]]
+    mirror.withdraw("step-000035")
+    mirror.upload(folders[1], NAMES)
+    mirror.commit(folders[1], keep=2)
 
     half = _checkpoint(tmp_path, 40)
     mirror.upload(half, NAMES[:1])
@@ -205,3 +227,48 @@ def test_data_at_an_address_trains_as_data_here_does(store, config_file, dataset
     there = _run(config_file, store, 1, *options, *address, f"run.dir={tmp_path / 'other'}")
     assert len(figures(there)) == 2
     assert figures(there) == figures(run(config_file, 1, *options))
+
+
+def _cut_off(config_file: Path, overrides: list[str], calls: list[str]) -> list[Event]:
+    """In this rank, stopped after a step, with a store that does not answer some calls at first."""
+
+    def fails(name: str) -> None:
+        kept, gone = getattr(Mirror, name), [True]
+
+        def call(self: Mirror, *given: object) -> object:
+            if gone and gone.pop():
+                raise OSError("checkpoint.remote: nobody answers")
+            return kept(self, *given)
+
+        setattr(Mirror, name, call)
+
+    for name in calls:
+        fails(name)
+    config = load_config(config_file, overrides, workers=1)
+    events: list[Event] = []
+
+    def report(event: Event) -> Stop:
+        events.append(event)
+        return Stop.NOW if isinstance(event, Stepped) else Stop.NO
+
+    train(config, report)
+    return events
+
+
+@pytest.mark.slow
+def test_an_address_that_is_out_of_reach_at_a_start_or_a_stop_costs_no_run(config_file, tmp_path):
+    """What is here is enough to go on from; without it the address is needed."""
+    kept = ["train.steps=9", "evaluate.sequences=0", f"checkpoint.remote=file://{tmp_path}/kept"]
+    kept += ["checkpoint.every=1"]
+
+    def cut_off(*calls: str) -> list[Event]:
+        return run_distributed(_cut_off, 1, config_file, kept, [*calls], fresh=True)[0]
+
+    stopped = cut_off("upload")
+    assert any("alone: checkpoint.remote: nobody answers" in told for told in warnings(stopped))
+    on = cut_off("saved")
+    assert started_at(on) == of_kind(stopped, Stepped)[-1].step
+    assert any("nobody answers: going on from what is in" in told for told in warnings(on))
+    shutil.rmtree(RunFolder(config_file.parent / "run").path)
+    with pytest.raises(AssertionError, match="nobody answers"):
+        cut_off("saved")
