@@ -35,6 +35,8 @@ class TrajectoryInfo:
     observation_mean: list[float]
     observation_deviation: list[float]
     score_returns: list[float]  # the returns of the normalised scores 0 and 100
+    # what it earns when it acts without the noise it learns by: what squared errors learn of it
+    without_noise: float | None = None
 
     @property
     def width(self) -> int:

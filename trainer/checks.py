@@ -23,9 +23,8 @@ FRAME_WIDTHS = ("observation_width", "action_width")
 def value_faults(config: Config) -> Iterator[Fault]:
     """(key, what is wrong and what to do) for every value that cannot work, whatever the data."""
     model = ((f"model.{name}", message) for name, message in config.model.faults())
-    bounds = list(bound_faults(config))
-    yield from dict.fromkeys([*model, *bounds])
-    train = config.train
+    yield from dict.fromkeys([*model, *bound_faults(config)])
+    train, parallel = config.train, config.parallel
     if config.evaluate.rollouts and not config.model.of_frames:
         yield (
             "evaluate.rollouts",
@@ -61,7 +60,9 @@ def value_faults(config: Config) -> Iterator[Fault]:
             "checkpoint.failures_per_day",
             "it chooses checkpoint.every_seconds, which is set too: leave one of them null",
         )
-    if not bounds:  # lengths are computed with what they bound
+    sizes = parallel.sp, config.launch.workers, train.seq_len, train.micro_batch_size
+    lengths = train.curriculum_steps, train.segment_tokens or 1, config.evaluate.seq_len or 1
+    if min(*sizes, *lengths) > 0:  # else they are faults already, and nothing is divided by them
         yield from layout_faults(config)
 
 

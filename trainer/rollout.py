@@ -29,6 +29,7 @@ class Rollouts:
     lengths: list[int]  # frames of each
     asked: float  # the return that the model was asked for
     frames: int | None  # of the past that it saw at a time; None: all
+    policy_score: float | None = None  # of the policy that made the data, without its noise
 
 
 def roll_out(
@@ -64,6 +65,7 @@ def roll_out(
         lengths=lengths,
         asked=asked,
         frames=frames,
+        policy_score=None if info.without_noise is None else info.score(info.without_noise),
     )
 
 

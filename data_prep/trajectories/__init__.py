@@ -71,7 +71,7 @@ def _check(settings: TrajectorySettings) -> None:
 def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> PolicyInfo:
     """What is known of the folder's policy, which is trained where there is none."""
     from data_prep.trajectories.environment import score_returns
-    from data_prep.trajectories.policy import described, train_policy
+    from data_prep.trajectories.policy import described, train_policy, without_noise
 
     about = out / POLICY_INFO
     if about.exists():
@@ -100,6 +100,7 @@ def _policy(settings: TrajectorySettings, out: Path, tell: Tell) -> PolicyInfo:
         earned=reached,
         sha256=file_sha256(out / REPLAY),
         score_returns=[least, most],
+        without_noise=without_noise(settings, out / POLICY),
     )
     # last: it says that the rest is there
     write_whole(about, json.dumps(asdict(known), indent=2) + "\n")
@@ -143,6 +144,7 @@ def _about(
         observation_mean=seen.mean(0).tolist(),
         observation_deviation=(seen.std(0) + 1e-6).tolist(),
         score_returns=known.score_returns,
+        without_noise=known.without_noise,
     )
 
 

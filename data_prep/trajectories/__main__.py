@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return 130
+    about = None
     for quality, info in written.items():
         about = info.trajectories
         assert about is not None
@@ -45,6 +46,10 @@ def main(argv: list[str]) -> int:
             f"{info.splits['train'].documents:,} episodes, returns {least:.0f} to {most:.0f}, mean "
             f"{mean:.0f}, a score of {about.score(mean):.1f}"
         )
+    assert about is not None
+    assert about.without_noise is not None
+    earned = about.without_noise
+    print(f"the policy without noise earns {earned:.0f}, a score of {about.score(earned):.1f}")
     return 0
 
 

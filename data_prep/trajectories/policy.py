@@ -96,13 +96,28 @@ def train_policy(
 
 def act(settings: TrajectorySettings, policy: Path) -> list[Episode]:
     """Whole episodes of a saved policy that hold the frames, two at least. Actions are drawn."""
+    return _played(settings, policy, lambda r: r.frames >= settings.frames and len(r.episodes) > 1)
+
+
+def without_noise(settings: TrajectorySettings, policy: Path) -> float:
+    """The mean return of episodes in which it does what it thinks best, and draws nothing."""
+    played = _played(settings, policy, lambda r: len(r.episodes) >= RECENT, noise=False)
+    return float(np.mean([episode.rewards.sum() for episode in played]))
+
+
+def _played(
+    settings: TrajectorySettings,
+    policy: Path,
+    enough: Callable[[Recorder], bool],
+    noise: bool = True,
+) -> list[Episode]:
     torch.set_num_threads(1)
     acting = ALGORITHMS[settings.algorithm].load(policy, device="cpu")
     acting.set_random_seed(settings.seed)
     recorder = Recorder(make_environment(settings.environment))
     observation, _ = recorder.reset(seed=settings.seed)
-    while recorder.frames < settings.frames or len(recorder.episodes) < 2:
-        action, _ = acting.predict(observation)
+    while not enough(recorder):
+        action, _ = acting.predict(observation, deterministic=not noise)
         observation, _, terminated, truncated, _ = recorder.step(action)
         if terminated or truncated:
             observation, _ = recorder.reset()

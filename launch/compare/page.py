@@ -175,7 +175,10 @@ def _circumstances(results: Results) -> list[str]:
         f"- trainings: seed {seeds}; {rates}; weight decay {config.optim.weight_decay:g} on "
         f"matrices, but not on those that make gates and candidates of a recurrence; recurrences "
         f"have a convolution of {config.model.conv_width} tokens before them, attention and "
-        f"window have {before}; seconds are steps at the pace of a training's median step"
+        f"window have {before}; a gate on a recurrence's output {str(config.model.gate).lower()}, "
+        f"expansion {config.model.expansion:g}, memories at first of up to "
+        f"{config.model.memory_tokens:,.0f} tokens; seconds are steps at the pace of a "
+        f"training's median step"
         + (f", up to {settings.at_once} trainings at once" if settings.at_once > 1 else ""),
         *(f"- {note}" for note in settings.notes),
     ]

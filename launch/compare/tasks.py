@@ -38,7 +38,7 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
     if equal := results.in_equal_time.get(task):
         seconds = min(run.seconds[-1] for run in equal.values())
         shown = [f"{equal[n].final_loss:.4f}" if n in equal else "lost" for n in runs]
-        rows.append((f"in {seconds:,.0f} s, schedule to its end", shown))
+        rows.append((f"in {seconds:,.0f} s, schedule to its end, first seed", shown))
         steps = [f"{equal[n].tokens[-1]:,}" if n in equal else "" for n in runs]
         rows.append(("tokens trained on in that time", steps))
     lowest = [min(point.loss for point in run.held_out) for run in chosen]
@@ -46,6 +46,9 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
     if all("rollouts" in run.final for run in chosen):
         played = [_scores(best_runs(same)) for same in runs.values()]
         rows.append(("normalised score of rollouts", played))
+        beside = [run.final["rollouts"].get("policy_score") for run in chosen]
+        if None not in beside:
+            rows.append(("the policy of the data, without noise", [f"{x:.1f}" for x in beside]))
     if scores:
         rows.append(("published", [f"{scores[n]:.1f}" if n in scores else "" for n in runs]))
     if not frames:

@@ -12,6 +12,7 @@ from launch.compare.search import Search
 from launch.gang import LaunchError
 from trainer.checks import asks_questions
 from trainer.config import Config
+from trainer.provenance import commit
 from trainer.run_folder import RunFolder, read_lines
 
 Show = Callable[[str], None]
@@ -60,6 +61,11 @@ def train_all(
         trained.rates[task] = {label: sorted(tried) for label, tried in search.ranks.items()}
         finished = {label: config for label, config in equal.items() if _finished(config)}
         trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
+    if others := trained.commits() - {commit()}:
+        show(
+            f"trainings are kept from commit {', '.join(sorted(others))}: to have all of this "
+            f"code, remove {settings.dir}"
+        )
     return trained
 
 

@@ -119,6 +119,8 @@ def test_a_policy_and_its_two_datasets(tmp_path, capsys):
         assert frames.score(least) == 0
         assert frames.score(most) == 100
         assert least + 0.001 * (most - least) < frames.returns[-1]
+        assert frames.without_noise is not None
+        assert f"without noise earns {frames.without_noise:.0f}, a score of" in printed
         earned = [e.rewards.sum() for e in _read_episodes(out / REPLAY)]
         means = [np.mean(earned[at - 10 : at]) for at in range(10, len(earned) + 1)]
         assert frames.policy_return == pytest.approx(means[-1])

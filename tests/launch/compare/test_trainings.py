@@ -136,7 +136,7 @@ def test_rates_go_on_until_the_best_lies_inside(comparison_file, gang, tmp_path)
     assert tokens == [64, 256, 256]
     write_comparison(tmp_path / "out", results)
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| in 6 s, schedule to its end |" in page
+    assert "| in 6 s, schedule to its end, first seed |" in page
     assert "text: the training of mingru at learning rate 0.008, seed 1 failed: the loss" in page
     assert "text: mingru did best at" not in page  # 0.008 is beyond its best
     assert "text: mingru+window did best at" not in page
