@@ -92,14 +92,28 @@ class Blocks:
 
     def _fetch(self, shard: Any, name: Path) -> None:
         """Bring a file to the cache; one that is there, but not whole, anew."""
-        known = shard.raw_data
-        if name.exists() and file_sha256(name) != known.hashes["sha256"]:
-            name.unlink()  # Streaming takes whatever has the name
+        known, looked_at = shard.raw_data, name.with_name(f"{name.name}.whole")
+        if name.exists() and not _same(looked_at, name):
+            whole = name.stat().st_size == known.bytes
+            if not whole or file_sha256(name) != known.hashes["sha256"]:
+                name.unlink()  # Streaming takes whatever has the name
         try:
             self._stream.prepare_shard(shard)
         except BaseException:
             name.unlink(missing_ok=True)
             raise
+        if not _same(looked_at, name):
+            looked_at.write_text(_stamp(name))  # not by every worker at every start
+
+
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _same(looked_at: Path, path: Path) -> bool:
+    """Whether a file is as it was when it was looked at whole."""
+    return looked_at.exists() and looked_at.read_text() == _stamp(path)
 
 
 def _index_faults(folder: Path, split: str, info: DatasetInfo) -> list[str]:

@@ -47,7 +47,7 @@ class Limits:
         """Raises ValueError where it is too much."""
         self.left_out += told.faulty
         self.changed = self.changed or told.changed
-        self.changed_texts += told.changes
+        self.changed_texts += told.changes or len(told.changed)  # of parts of older code
         self.lost += told.lost
         self.marks += told.marks
         if self.lost > self.faulty:

@@ -47,18 +47,23 @@ def place_faults(paths: Iterable[tuple[str, str]], launch: LaunchConfig) -> list
 def load_for_here(path: str, overrides: list[str]) -> Config:
     """A run's configuration, checked for where its workers will be. Raises ConfigError."""
     config = load_config(path, overrides)
-    paths = [("run.dir", config.run.dir), *(("data.path", path) for path in config.data.sources)]
+    paths = [("run.dir", config.run.dir), *paths_of(config)]
+    if faults := place_faults(paths, config.launch):
+        raise ConfigError(path, faults)
+    make_absolute(config)
+    return config
+
+
+def paths_of(config: Config) -> list[tuple[str, str]]:
+    """(key, path) of all that every worker reads or writes, but for the run's own folder."""
     optional = {
         "checkpoint.remote": config.checkpoint.remote,
         "evaluate.path": config.evaluate.path,
         "data.cache": config.data.cache,
         "train.init_from": config.train.init_from,
     }
-    paths += [(key, path) for key, path in optional.items() if path]
-    if faults := place_faults(paths, config.launch):
-        raise ConfigError(path, faults)
-    make_absolute(config)
-    return config
+    data = [("data.path", path) for path in config.data.sources]
+    return [*data, *((key, path) for key, path in optional.items() if path)]
 
 
 def make_absolute(config: Config) -> None:

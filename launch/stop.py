@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 PREEMPTED = 75  # the exit status of a run that is to be started again: sysexits' EX_TEMPFAIL
@@ -35,4 +36,5 @@ class StopWatch:
 
     def _stop(self, told: str, preempted: bool) -> None:
         self._asked, self.preempted = True, self.preempted or preempted
-        print(told, flush=True)
+        with suppress(OSError):  # whoever read it may have ended by the same Ctrl-C
+            print(told, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from data_prep.files import file_sha256, sync_to_disk, write_whole
+from trainer.order import Position
 from trainer.parallel.topology import Peers, Topology
 from trainer.run_folder import RunFolder, add_line, read_lines
 from trainer.storage import MANIFEST, Mirror, kept, place_of
@@ -48,6 +49,21 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)  # what may not change (trainer/fixed.py)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, topology: Topology, places: list[Position], **known: Any) -> "Manifest":
+        """Of these workers, and of where they stand in every source."""
+        positions = [(each.epoch, each.consumed_in_epoch) for each in places]
+        (epoch, consumed), *_ = positions
+        return cls(
+            world_size=topology.world_size,
+            dp=topology.dp_size,
+            sp=topology.sp_size,
+            epoch=epoch,
+            consumed_in_epoch=consumed,
+            positions=positions,
+            **known,
+        )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Midstep:
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
     began: float = field(default_factory=time.monotonic)  # in this start, saves left out
     before: float = 0.0  # seconds of it, in earlier starts
+    held_up: float = 0.0  # seconds that saves amid it took, in all
     told: float = field(default_factory=time.monotonic)
 
     @property
@@ -56,6 +57,10 @@ class Midstep:
     def seconds(self) -> float:
         """Since the step began, but for the time when nobody was at it."""
         return time.monotonic() - self.began + self.before
+
+    def hold_up(self, seconds: float) -> None:
+        """It waited for a save."""
+        self.began, self.held_up = self.began + seconds, self.held_up + seconds
 
     def tell(self) -> None:
         """Rank 0 reports now and then, and hears what is asked."""
@@ -77,17 +82,20 @@ class Midstep:
         self.here = Position()
 
     def files(self, engine: Engine) -> Files:
-        """What this rank adds to a checkpoint: written later, while the step goes on.
+        """What this rank adds to a checkpoint, if something is done: written while it goes on.
 
         Large carries are not copied, for they stay as they are. Small ones and losses are, each
         once, however many segments it passes through: the memory that they share is still written
         to. The flow is, for more is added to the gradient of what passes through.
         """
+        if not any(self.done):
+            return {}
         here, own = self.here, _Own()
         state = {
             "micro_batch": self.micro_batch,
             "total": self.total,
             "seconds": self.seconds,
+            "held_up": self.held_up,
             "reads": here.reads,
             "entering": [x and [tuple(map(own.of, c)) for c in x] for x in here.entering],
             "flow": here.flow and [[x if x is None else x.clone() for x in f] for f in here.flow],
@@ -105,7 +113,7 @@ class Midstep:
         engine.give_back(state["gradients"])
         self.micro_batch, self.total = state["micro_batch"], state["total"]
         self.here = Position(state["reads"], state["entering"], state["flow"], state["losses"])
-        self.before = state["seconds"]
+        self.before, self.held_up = state["seconds"], state.get("held_up", 0.0)
 
 
 class _Own(dict[int, Tensor]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -80,7 +81,7 @@ class RunFolder:
         newest = self.saved()[:1]
         return _object(newest[0] / MANIFEST, ("step", "data_fingerprint")) if newest else None
 
-    def hold(self, patience_seconds: float, submission: str = "") -> int:
+    def hold(self, patience_seconds: float, submission: str = "", most: float = math.inf) -> int:
         """Be the only one that writes here, until this process ends; the open lock.
 
         The system frees it with the process, however that ends, and network storage does so too
@@ -102,12 +103,12 @@ class RunFolder:
                 found = os.pread(handle, 400, 0).decode(errors="replace")
                 holder, _, its = found.partition("\n")
                 waited, own = time.monotonic() - began, bool(submission) and its == submission
-                if waited > (LEASE_SECONDS if own else patience_seconds):
+                if waited > (min(LEASE_SECONDS, most) if own else patience_seconds):
                     os.close(handle)
                     used = f"run.dir {self.path} is in use: {holder or 'another process'}"
                     if own:
-                        lost = "which was lost, still holds it"
-                        raise RuntimeError(f"{used}, {lost} after {waited:.0f} s") from None
+                        lost = "and lost, still holds it"
+                        raise RuntimeError(f"{used} {lost} after {waited:.0f} s") from None
                     raise ValueError(
                         f"{used} trains in it; wait for its end, stop it, or choose another run.dir"
                     ) from None

@@ -144,8 +144,9 @@ def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mi
     else:
         if mirror and not cut_off:
             checkpoint.fetch(folder, mirror, topology, brought)
-        _leave_bad(worker, folder, mirror, note["bad_steps"] if note else 0)
-        saved = _newest_intact(worker, folder, mirror, brought)
+        reached = None if cut_off else mirror
+        _leave_bad(worker, folder, reached, note["bad_steps"] if note else 0)
+        saved = _newest_intact(worker, folder, reached, brought)
     if saved:
         _check_resume(saved.manifest, f"in {config.run.dir}", config, data)
     return saved, mirror

@@ -75,7 +75,8 @@ def _held(worker: Worker, submission: Submission) -> Iterator[None]:
     """The run's folder, for this run alone."""
     locks, folder = list[int](), RunFolder(worker.config.run.dir)
     name = submission.name
-    worker.topology.on_first(lambda: locks.append(folder.hold(LOCK_PATIENCE_SECONDS, name)))
+    most = 0.8 * worker.config.parallel.timeout_seconds  # others wait in a collective
+    worker.topology.on_first(lambda: locks.append(folder.hold(LOCK_PATIENCE_SECONDS, name, most)))
     try:
         yield
     finally:
@@ -125,7 +126,9 @@ class _Run:
         self.reader = SequenceReader(self.data, now.layout, data.reset_state, data.shift)
         self.midstep = resume(now, saved, self.engine)  # of an earlier start
         if saved and self.midstep and self.record:
-            self.record.take_up(self.midstep.before, saved.folder.stat().st_mtime)
+            self.record.take_up(
+                self.midstep.before + self.midstep.held_up, saved.folder.stat().st_mtime
+            )
         done = self.midstep.done if self.midstep else (0, 0)
         if saved and self.midstep is None and saved.manifest.runs:
             self.saved_at = None  # of a step that is begun anew
@@ -167,7 +170,7 @@ class _Run:
         if self.record:
             midstep.show = self.record.streamed
         started, midstep.began = time.perf_counter(), time.monotonic()
-        save_seconds = self.schedule.take_held_up()
+        save_seconds = self.schedule.take_held_up() + midstep.held_up  # before, and amid it so far
         self.worker.pulse.now("reading data")
         batch, _ = self.worker.read_together(lambda: next(self.batches))
         data_seconds = time.perf_counter() - started
@@ -223,7 +226,8 @@ class _Run:
 
     def save(self, midstep: Midstep | None = None) -> None:
         """A checkpoint of this step, and of the next as far as it is, beside the training."""
-        runs = midstep.runs if midstep else 0
+        midstep = midstep or Midstep(self.stage, self.step)  # of which nothing is done
+        runs = midstep.runs
         if (self.step, runs) == self.saved_at:
             return
         started = time.perf_counter()
@@ -232,16 +236,11 @@ class _Run:
             self._compare_replicas()  # or a damaged checkpoint would push out a good one
         self._end_save()
         order = self.reader.order(self.config.run.seed, self.config.data.shift)
-        positions = order.positions(self.consumed)
-        manifest = checkpoint.Manifest(
+        manifest = checkpoint.Manifest.of(
+            self.topology,
+            order.positions(self.consumed),
             step=self.step,
-            world_size=self.topology.world_size,
-            dp=self.topology.dp_size,
-            sp=self.topology.sp_size,
             zero_stage=self.config.deepspeed.zero_stage,
-            epoch=positions[0].epoch,
-            consumed_in_epoch=positions[0].consumed_in_epoch,
-            positions=[(each.epoch, each.consumed_in_epoch) for each in positions],
             sequences_consumed=self.consumed,
             data_fingerprint=self.reader.stream.fingerprint,
             versions=versions(),
@@ -249,13 +248,13 @@ class _Run:
             runs=runs,
             way=way(self.stage) if runs else {},
         )
-        amid = midstep.files(self.engine) if midstep and runs else {}
-        self.saver.start(manifest, {**self.engine.snapshot(), **amid})
+        waited = time.perf_counter() - started
+        midstep.hold_up(waited)  # of which its files tell
+        self.saver.start(manifest, {**self.engine.snapshot(), **midstep.files(self.engine)})
         self.saved_at = self.step, runs
         took = time.perf_counter() - started
         self.schedule.saved(took)
-        if midstep:
-            midstep.began += took
+        midstep.hold_up(took - waited)
 
     def _end_save(self, last: bool = False) -> None:
         """Wait for the save before; what went wrong with it is told, or ends the run."""
@@ -268,7 +267,8 @@ class _Run:
         goes_on = fault.is_here and self.step < self.last_step  # here, or where it is moved to
         if (last and not goes_on) or self.config.checkpoint.on_failure == "stop":
             raise ValueError(fault.message)
-        self.worker.warn(f"{fault.message}; the next save tries again")
+        then = "it goes on from here" if last else "the next save tries again"
+        self.worker.warn(f"{fault.message}; {then}")
 
     def note_bad_step(self) -> None:
         """For the next start, which goes back beyond the checkpoint that led here."""

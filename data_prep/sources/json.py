@@ -39,7 +39,6 @@ def _on_lines(file: File) -> bool:
     with open_file(file.path, file.packing) as f:
         if not f.read(4096).removeprefix(MARK).lstrip().startswith(b"{"):
             return False
-    first = b""
     with open_file(file.path, file.packing) as f:
         for number, line in enumerate(f):
             text = (line if number else line.removeprefix(MARK)).strip()
@@ -48,8 +47,9 @@ def _on_lines(file: File) -> bool:
             # what goes on in the next line is no record of its own, and torn there but by chance
             if not text.startswith(b"{") or text.endswith((b"{", b"[", b",", b":")):
                 return False
-            first = first or text
-    return not _several(first)
+            if (b"}{" in text or b"} {" in text) and _several(text):
+                return False
+    return True
 
 
 def _several(line: bytes) -> bool:

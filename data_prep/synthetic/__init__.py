@@ -91,13 +91,15 @@ def prepare_synthetic(settings: SyntheticSettings, out: Path) -> DatasetInfo:
 def _write(settings: SyntheticSettings, part: Path, dtype: str) -> None:
     """Both splits as documents of a part."""
     writer = PartWriter(part, dtype)
-    at_once = max(1, ROWS_AT_ONCE // settings.length)  # as fit memory
+    # as many as fit memory, whole turns of the distances where a turn does
+    at_once, turns = max(1, ROWS_AT_ONCE // settings.length), max(1, len(settings.distances))
+    at_once = -(-at_once // turns) * turns if turns <= at_once else at_once
     for index, split in enumerate(SPLITS):
         # one sequence more than asked for: the last label of a sequence is the next one's token
         count = (settings.train if split == "train" else settings.held_out) + 1
         generator = np.random.default_rng([settings.seed, index])
         for first in range(0, count, at_once):
-            turn = first % max(1, len(settings.distances))
+            turn = first % turns
             ahead = settings.distances[turn:] + settings.distances[:turn]
             rows = TASKS[settings.task].sequences(
                 replace(settings, distances=ahead), min(at_once, count - first), generator

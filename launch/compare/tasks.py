@@ -37,7 +37,9 @@ def _outcomes(results: Results, task: str, runs: Runs) -> Iterator[str]:
         rows.append(("published", [f"{losses[n]:.3f}" if n in losses else "" for n in runs]))
     if equal := results.in_equal_time.get(task):
         seconds = min(run.seconds[-1] for run in equal.values())
-        shown = [f"{equal[n].final_loss:.4f}" if n in equal else "lost" for n in runs]
+        asks = all(run.asks for run in chosen)
+        told = {n: _accuracies([r]) if asks else f"{r.final_loss:.4f}" for n, r in equal.items()}
+        shown = [told.get(n, "lost") for n in runs]
         rows.append((f"in {seconds:,.0f} s, schedule to its end, first seed", shown))
         steps = [f"{equal[n].tokens[-1]:,}" if n in equal else "" for n in runs]
         rows.append(("tokens trained on in that time", steps))

@@ -175,7 +175,7 @@ def _curve(config: Config) -> TrainingRecord:
             for line in read_lines(folder.evaluations)
         ],
         final=final,
-        asks=asks_questions(config.data.sources),
+        asks=asks_questions([folder.path]),
         hardware=sorted({start["hardware"] for start in starts if "hardware" in start}),
         commits=sorted({start["commit"] for start in starts if "commit" in start}),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.compare.file import load_comparison
-from launch.ray_job import make_absolute, place_faults
+from launch.ray_job import make_absolute, paths_of, place_faults
 from launch.side_by_side import SideBySide
 from launch.stop import PREEMPTED, StopWatch
 from trainer.config import Config
@@ -27,10 +27,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = load_comparison(args.config, args.overrides)
     paths = {("compare.dir", comparison.settings.dir)}
     for runs in comparison.tasks.values():
-        firsts = [each.first for each in runs.values()]
-        paths |= {("data.path", path) for run in firsts for path in run.data.sources}
-        evaluated = [run.evaluate.path for run in firsts]
-        paths |= {("evaluate.path", path) for path in evaluated if path is not None}
+        paths |= {place for each in runs.values() for place in paths_of(each.first)}
     faults = place_faults(sorted(paths), comparison.config.launch)
     if comparison.settings.at_once > 1 and comparison.config.launch.gpus_per_worker:
         faults += _sharing_faults(comparison.settings.at_once)

@@ -98,6 +98,8 @@ def _choose(name: str, recurrence: str, device: str, dtype: torch.dtype) -> str:
         fault = _fault(fastest, recurrence, device, dtype)
         if fault is None:
             return fastest
+        if fastest == "chunked":
+            raise ValueError(f"no scan runs here: {fault}")
         if dtype != torch.float64 or device == "cpu":
             message = f"the scan of {recurrence} runs in plain torch, many times slower: {fault}"
             warnings.warn(message, stacklevel=5)

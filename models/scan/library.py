@@ -56,19 +56,22 @@ def library(source: Path, defined: tuple[str, ...] = (), header: Path | None = N
 
     Raises OSError with the reason where it cannot be built or loaded.
     """
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    try:
+        compiler = shlex.split(os.environ.get("CXX") or "g++")
+    except ValueError as error:
+        raise OSError(f"CXX is no command ({error})") from None
     flags, headers = [*FLAGS, *defined], {*HOME.rglob("*.h"), *source.parent.glob("*.h")}
     if header:
         flags.append(f'-DGATES_HEADER="{header}"')
         near = header.parent, header.parent.parent  # where its own includes lie
         headers |= {header, *(other for folder in near for other in folder.glob("*.h"))}
     sources = sorted({source, *headers})
-    texts = [path.read_text() for path in sources]
+    texts = [path.read_text(errors="replace") for path in sources]
     described = (*texts, *compiler, *FLAGS, *defined, *platform.libc_ver(), platform.machine())
     described = (*described, _processor())
     key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     path = _cache_home() / "longhaul" / f"scan-{key}.so"
-    with suppress(OSError):  # not there, or half of it of a machine that died
+    with suppress(OSError):  # not there, or empty, of a machine that died
         return ctypes.CDLL(str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:

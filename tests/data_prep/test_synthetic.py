@@ -58,8 +58,10 @@ def test_needle_lies_at_its_distance(tmp_path, split):
         assert row[-4] == 11
 
 
-def test_distances_take_turns_whatever_fits_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "ROWS_AT_ONCE", 4 * NEEDLE.length)  # four rows, three distances
+@pytest.mark.parametrize("rows_at_once", [2, 4])
+def test_distances_take_turns_whatever_fits_memory(rows_at_once, tmp_path, monkeypatch):
+    """Fewer rows than distances, and more."""
+    monkeypatch.setattr(synthetic, "ROWS_AT_ONCE", rows_at_once * NEEDLE.length)
     rows = _rows(NEEDLE, tmp_path / "needle")
     assert len(rows) == 41
     lies = [61 - (int(np.flatnonzero(row == 10)[0]) + 1) for row in rows]

@@ -149,7 +149,10 @@ def test_what_the_watcher_raises_is_not_a_lost_driver():
 
 def test_a_driver_that_does_not_end_is_ended():
     driver: Any = object.__new__(_Driver)
-    driver._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    driver._process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(99)"],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+    )
     driver._end(0.1)
     assert driver._process.returncode == -signal.SIGHUP
 

@@ -35,6 +35,19 @@ def test_a_person_stops_and_a_machine_preempts(number, preempted, capsys):
             signal.signal(wish, handler)
 
 
+def test_a_stop_is_heard_though_nobody_reads(monkeypatch):
+    """`| tee log` ends by the same Ctrl-C."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("builtins.print", closed)
+    watch = StopWatch("stopping")
+    watch._ask(signal.SIGINT, None)
+    assert watch()
+
+
 def test_time_is_a_limit_too(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     watch = StopWatch("stopping", max_seconds=0.05)

@@ -97,7 +97,7 @@ def test_what_passes_through_is_saved_once(tmp_path):
         entering.append(shelf.put_carry([(*passed[0], torch.randn(8, 1024))], passed))
     worker: Any = SimpleNamespace(topology=SimpleNamespace(rank=0))
     engine: Any = SimpleNamespace(accumulated=list)
-    (save,) = Midstep(worker, 0, here=Position(entering=entering)).files(engine).values()
+    (save,) = Midstep(worker, 0, here=Position(20, entering)).files(engine).values()
     save(tmp_path / "saved.pt")
     assert (tmp_path / "saved.pt").stat().st_size < 1.2 * 20 * 8 * 1024 * 4
     saved = torch.load(tmp_path / "saved.pt")["entering"]

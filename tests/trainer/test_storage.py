@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -229,26 +230,22 @@ def test_data_at_an_address_trains_as_data_here_does(store, config_file, dataset
     assert figures(there) == figures(run(config_file, 1, *options))
 
 
-def _cut_off(config_file: Path, overrides: list[str], calls: list[str]) -> list[Event]:
-    """In this rank, stopped after a step, with a store that does not answer some calls at first."""
+def _cut_off(config_file: Path, overrides: list[str], when: str) -> list[Event]:
+    """In this rank, stopped after a step, with a store that does not answer at start or stop."""
+    asked, away = Mirror._try, [when == "start"]
 
-    def fails(name: str) -> None:
-        kept, gone = getattr(Mirror, name), [True]
+    def call(self: Mirror, *given: Any, **options: Any) -> Any:
+        if away[0]:
+            raise OSError("checkpoint.remote: nobody answers")
+        return asked(self, *given, **options)
 
-        def call(self: Mirror, *given: object) -> object:
-            if gone and gone.pop():
-                raise OSError("checkpoint.remote: nobody answers")
-            return kept(self, *given)
-
-        setattr(Mirror, name, call)
-
-    for name in calls:
-        fails(name)
+    Mirror._try = call
     config = load_config(config_file, overrides, workers=1)
     events: list[Event] = []
 
     def report(event: Event) -> Stop:
         events.append(event)
+        away[0] = isinstance(event, Stepped) and when == "stop"
         return Stop.NOW if isinstance(event, Stepped) else Stop.NO
 
     train(config, report)
@@ -261,14 +258,17 @@ def test_an_address_that_is_out_of_reach_at_a_start_or_a_stop_costs_no_run(confi
     kept = ["train.steps=9", "evaluate.sequences=0", f"checkpoint.remote=file://{tmp_path}/kept"]
     kept += ["checkpoint.every=1"]
 
-    def cut_off(*calls: str) -> list[Event]:
-        return run_distributed(_cut_off, 1, config_file, kept, [*calls], fresh=True)[0]
+    def cut_off(when: str) -> list[Event]:
+        return run_distributed(_cut_off, 1, config_file, kept, when, fresh=True)[0]
 
-    stopped = cut_off("upload")
-    assert any("alone: checkpoint.remote: nobody answers" in told for told in warnings(stopped))
-    on = cut_off("saved")
+    stopped = cut_off("stop")
+    assert any(
+        "alone: checkpoint.remote: nobody answers; it goes on from here" in told
+        for told in warnings(stopped)
+    )
+    on = cut_off("start")
     assert started_at(on) == of_kind(stopped, Stepped)[-1].step
     assert any("nobody answers: going on from what is in" in told for told in warnings(on))
     shutil.rmtree(RunFolder(config_file.parent / "run").path)
     with pytest.raises(AssertionError, match="nobody answers"):
-        cut_off("saved")
+        cut_off("start")

@@ -17,6 +17,7 @@ from models.scan import (
     reference,
     scan,
 )
+from models.scan.backend import choose_backend
 from models.scan.recurrences.mingru import MinGRU
 from models.scan.recurrences.mingru.log_space import mingru_log_space
 from models.scan.recurrences.minlstm import MinLSTM
@@ -231,6 +232,11 @@ def test_nan_is_not_hidden(name, backend):
     h, _ = scan(recurrence, inputs, backend=backend)
     assert h[0, :7].isfinite().all()
     assert h[0, 7:].isnan().all()
+
+
+def test_a_device_without_fp64_is_told():
+    with pytest.raises(ValueError, match="no scan runs here: it computes in fp64"):
+        choose_backend("auto", MinGRU(), "mps", torch.float32)
 
 
 def test_public_scans_agree_with_their_formulas():
