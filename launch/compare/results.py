@@ -143,7 +143,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         raw = {**asdict(self), "cells": [cell.to_json() for cell in self.cells]}
-        write_whole(path, json.dumps(_strict(raw), indent=1, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(_strict(raw), allow_nan=False) + "\n")
 
     @property
     def lengths(self) -> list[int]:

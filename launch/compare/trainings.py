@@ -163,8 +163,8 @@ def _curve(config: Config) -> TrainingRecord:
         learning_rate=config.optim.learning_rate,
         seed=config.run.seed,
         tokens=[line["tokens"] for line in metrics],
-        seconds=[pace * line["step"] for line in metrics],
-        loss=[line["loss"] for line in metrics],
+        seconds=[round(pace * line["step"], 3) for line in metrics],  # a curve, of thousands
+        loss=[loss and float(f"{loss:.6g}") for loss in (line["loss"] for line in metrics)],
         held_out=[
             Point(
                 tokens(line["step"]),
