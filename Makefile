@@ -23,7 +23,7 @@ test: setup static
 check: setup static
 	$(TESTS) -m "not slow and not soak"
 
-static:
+static: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy

@@ -75,7 +75,7 @@ def test_no_cluster_at_the_address_is_told(config_file):
         env=without_ray(RAY_ADDRESS="not an address"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1
     assert "no Ray cluster answers at RAY_ADDRESS=not an address" in done.stderr
@@ -187,6 +187,8 @@ def test_a_machine_that_lacks_a_package_is_told_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "trainer.guard", None)
     board = SimpleNamespace(beat=SimpleNamespace(remote=lambda *_: None))
     environment = {"RANK": "0", "OMP_NUM_THREADS": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # which it sets in its process: taken back afterwards
     kind, message = Rank.run(object.__new__(Rank), Config(), environment, board, None)
     assert kind == "fault"
     assert "cannot import what a run needs: " in message
@@ -249,7 +251,7 @@ import os, subprocess, sys, time
 from launch.reaper import run_below
 def child():
     # loses its parent, and is in a session of its own
-    subprocess.run("setsid sleep 300 & setsid sleep 301 & echo $! && sleep 0.2", shell=True)
+    subprocess.run("setsid sleep 300 & setsid sleep 301 & echo $! && sleep 1", shell=True)
     print("up", flush=True)
     time.sleep(float(sys.argv[1]))
 run_below(child)
@@ -260,7 +262,7 @@ run_below(child)
 @pytest.mark.parametrize("how", ["its own end", "its parent's", "a wish"])
 def test_nothing_below_a_reaper_outlives_it(how):
     """Not even what has left its process group and lost its parent."""
-    seconds = "0.5" if how == "its own end" else "300"
+    seconds = "5" if how == "its own end" else "300"
     reaper = [sys.executable, "-c", _CHILD, seconds]
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({reaper!r})"],
@@ -277,6 +279,6 @@ def test_nothing_below_a_reaper_outlives_it(how):
         parent.kill()
     if how == "a wish":
         below[0].send_signal(signal.SIGHUP)
-    _, left = psutil.wait_procs(below, timeout=5)
+    _, left = psutil.wait_procs(below, timeout=60)
     assert not left
     parent.wait()

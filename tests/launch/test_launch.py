@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch.__main__ import main
@@ -129,7 +128,7 @@ def test_a_fault_of_the_run_is_one_message(config_file, launch):
 
 def test_interrupted_then_resumed_equals_uninterrupted(config_file, head, launch):
     """Ctrl-C stops after a checkpoint; the same command goes on, to the bit."""
-    options = ["launch.workers=2", "parallel.sp=2", "train.steps=60", "evaluate.sequences=0"]
+    options = ["launch.workers=2", "parallel.sp=2", "train.steps=120", "evaluate.sequences=0"]
     command = [*TRAIN, str(config_file), *options]
     run = config_file.parent / "run"
     driver = subprocess.Popen(command, cwd=ROOT, env=head.joined, stdout=subprocess.PIPE, text=True)
@@ -139,15 +138,15 @@ def test_interrupted_then_resumed_equals_uninterrupted(config_file, head, launch
     assert driver.returncode == 0
     assert "stopped in good order" in output
     stopped_at = len(_steps(run))
-    assert 5 <= stopped_at < 60
+    assert 5 <= stopped_at < 120
     assert launch("train", str(config_file), *options)[0] == 0
     assert _losses(run) == _uninterrupted(config_file, options)
 
 
 def test_lost_workers_are_named_and_replaced(config_file, head):
     """Dead, then hung: the gang starts again from the last checkpoint, and goes on to the bit."""
-    options = ["launch.workers=2", "parallel.sp=2", "train.steps=60", "evaluate.sequences=0"]
-    options += ["checkpoint.every=10", "parallel.timeout_seconds=6"]
+    options = ["launch.workers=2", "parallel.sp=2", "train.steps=120", "evaluate.sequences=0"]
+    options += ["checkpoint.every=10", "parallel.timeout_seconds=15"]
     run = config_file.parent / "run"
     driver = subprocess.Popen(
         [*TRAIN, str(config_file), *options],
@@ -159,7 +158,7 @@ def test_lost_workers_are_named_and_replaced(config_file, head):
     )
     for how, step in ((signal.SIGKILL, 15), (signal.SIGSTOP, 35)):
         wait_for(lambda step=step: len(_steps(run)) >= step)
-        workers = [p for p in head.processes("ray::Rank") if p.status() != psutil.STATUS_ZOMBIE]
+        workers = head.processes("ray::Rank")
         assert len(workers) == 2
         workers[1].send_signal(how)
     _, errors = driver.communicate(timeout=300)

@@ -68,7 +68,7 @@ def test_flipped_bit_is_named_by_its_reader(config_file, own_data):
     shard.write_bytes(data)
     started = time.monotonic()
     messages = run_distributed(_flip_then_train, 2, config_file, own_data)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300
     assert messages[0] == messages[1]
     assert f"MDS shard file {shard}, block {block}: its checksum is wrong" in messages[0]
     assert "data_prep verify" in messages[0]

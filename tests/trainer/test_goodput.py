@@ -69,9 +69,9 @@ def test_a_save_is_due_by_steps_or_by_time():
     schedule = SaveSchedule(CheckpointConfig(every=10))
     assert [step for step in range(1, 31) if schedule.due(step)] == [10, 20, 30]
     assert SaveSchedule(CheckpointConfig(every=10)).interval_seconds == math.inf
-    timed = SaveSchedule(CheckpointConfig(every=10**9, every_seconds=0.05))
+    timed = SaveSchedule(CheckpointConfig(every=10**9, every_seconds=1.0))
     assert not timed.due(1)
-    time.sleep(0.06)
+    time.sleep(1.1)
     assert timed.due(2)
     timed.saved(0.01)
     assert not timed.due(3)

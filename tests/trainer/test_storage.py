@@ -41,7 +41,7 @@ class Store:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 bucket = f"http://127.0.0.1:{self.port}/bucket"

@@ -123,7 +123,7 @@ def test_compare_on_ray_interrupted_then_finished(comparison_file, tmp_path, hea
             first.send_signal(signal.SIGTERM)
             break
     rest = first.stdout.read()
-    assert first.wait(60) == PREEMPTED, rest
+    assert first.wait(300) == PREEMPTED, rest
     assert "the same command goes on" in rest
     before = json.loads((tmp_path / "out" / "measurements.json").read_text())
     assert 2 <= len(before) < 4

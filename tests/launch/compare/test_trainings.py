@@ -84,7 +84,7 @@ def test_trainings_run_side_by_side_and_find_the_same(comparison_file, gang):
     overrides = ["compare.learning_rates=[1e-3,4e-3]", "compare.seeds=[1,2]"]
     overrides += ["compare.lengths=[64]", "compare.at_once=3"]
     comparison = load_comparison(comparison_file, overrides)
-    together = Barrier(3, timeout=10)
+    together = Barrier(3, timeout=60)
 
     def train(config: Config) -> bool:
         together.wait()
