@@ -123,6 +123,8 @@ class Engine:
                 self._load(resume, reshaped)
             for group, values in zip(inner.param_groups, asked, strict=True):
                 group.update(values)
+            if hasattr(self._engine.optimizer, "clip_grad"):  # at stages 1 and 2 it is loaded too
+                self._engine.optimizer.clip_grad = config.optim.clip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

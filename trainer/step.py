@@ -21,6 +21,7 @@ from trainer.loss import summed_loss
 from trainer.midstep import Midstep
 from trainer.parallel.recompute import recompute_blocks
 from trainer.parallel.sharded import parallelize
+from trainer.reshape import needs_reshaping
 from trainer.segments import Position, stream
 from trainer.trained import take_weights
 from trainer.worker import Worker
@@ -34,6 +35,8 @@ COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
 def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     """The configured model, from its seed or from a checkpoint, sharded and wrapped."""
     config = worker.config
+    if resume and resume.manifest.step == 0 and needs_reshaping(resume.manifest, worker.topology):
+        resume = None  # no step was taken: what Adam has not yet cannot be cut anew
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
     if resume is None and (begun := config.train.init_from):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from data_prep.schema import load_info
@@ -15,7 +16,10 @@ from tests.distributed import run_distributed
 from tests.trainer.runs import figures, run, started_at, train_here
 from trainer import checkpoint
 from trainer.config import ConfigError, dump_config, load_config
+from trainer.events import silent
 from trainer.run_folder import RunFolder
+from trainer.step import build_engine
+from trainer.worker import Worker
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +144,23 @@ def test_goes_on_with_other_workers(config_file, stage, before, after):
     for got, want in zip(actual, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
     assert not list((config_file.parent / "moved" / "checkpoints").glob("*.universal"))
+
+
+def _clipped_after(config_file: Path, options: list[str], clip: str) -> float:
+    """On every rank: what the optimizer clips by, started again with another clip."""
+    train_here(config_file, [*options, "train.stop_after=1"])
+    config = load_config(config_file, [*options, clip], workers=dist.get_world_size())
+    worker = Worker.join(config, silent)
+    saved = checkpoint.find(RunFolder(config.run.dir), worker.topology, print)
+    return build_engine(worker, saved)._engine.optimizer.clip_grad
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_clip_that_is_changed_is_obeyed(config_file, stage):
+    """DeepSpeed's optimizer brings the clip of before with its state."""
+    options = ["train.steps=2", f"deepspeed.zero_stage={stage}", "optim.clip=1.0"]
+    found = run_distributed(_clipped_after, 1, config_file, options, "optim.clip=0.25", fresh=True)
+    assert found == [0.25]
 
 
 def test_a_run_begins_with_the_weights_of_another(config_file):
