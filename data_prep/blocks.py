@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from data_prep.files import file_sha256
+from data_prep.files import file_sha256, sync_to_disk
 from data_prep.mds import CloudDownloader, Spanner, Stream, World
 from data_prep.schema import INFO_NAME, TOKENIZER_NAME, DatasetInfo, file_faults, load_info
 
@@ -83,6 +83,7 @@ class Blocks:
                 f"MDS shard file {name}, block {sample_index}: cannot be read ({error}): {again}"
             ) from error
         if checksum != sample["crc32"]:
+            name.with_name(f"{name.name}.whole").unlink(missing_ok=True)  # to be looked at anew
             raise DataError(
                 f"MDS shard file {name}, block {sample_index}: its checksum is wrong, the file is "
                 f"damaged or of another place: {again}"
@@ -103,6 +104,7 @@ class Blocks:
             name.unlink(missing_ok=True)
             raise
         if not _same(looked_at, name):
+            sync_to_disk(name)  # or a machine that dies may lose of it what was looked at
             looked_at.write_text(_stamp(name))  # not by every worker at every start
 
 

@@ -6,6 +6,7 @@ the same command, and every restart of it, goes on from there.
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def forget(folder: RunFolder, mirror: Mirror | None) -> None:
     folder.went_back.unlink(missing_ok=True)
     if mirror:
         mirror.forget_note(NOTE)
+
+
+def withdraw_left(folder: RunFolder, mirror: Mirror) -> None:
+    """What was put aside here counts at the mirror no more, which may have been out of reach then.
+
+    One of the same step that is another, as another machine may have made, does.
+    """
+    for name in mirror.saved():
+        here = folder.checkpoints / name
+        left = here.with_suffix(checkpoint.LEFT) / checkpoint.MANIFEST
+        if left.is_file() and not here.exists():
+            with suppress(ValueError):  # of what cannot be read nobody knows
+                if json.loads(left.read_text()) == mirror.manifest(name):
+                    mirror.withdraw(name)
 
 
 def _wanted(worker: Worker) -> int:

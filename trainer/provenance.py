@@ -7,18 +7,20 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+UNKNOWN = "unknown"
+
 
 @cache
 def commit() -> str:
     """Of the code that measures, as it was when this was first asked."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # nor of a repository around the environment it is in
-        return "unknown"  # a working directory that Ray has uploaded, an installed package
+        return UNKNOWN  # a working directory that Ray has uploaded, an installed package
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def hardware(use_gpu: bool) -> str:

@@ -142,9 +142,12 @@ def find_checkpoint(worker: Worker, data: TokenStream) -> tuple[Saved | None, Mi
             saved = None
         going_back.settle(worker, folder, mirror, saved, left)
     else:
-        if mirror and not cut_off:
-            checkpoint.fetch(folder, mirror, topology, brought)
         reached = None if cut_off else mirror
+        if reached:
+            topology.on_first(partial(going_back.withdraw_left, folder, reached))
+            checkpoint.fetch(folder, reached, topology, brought)
+        if not wish and not cut_off:
+            topology.on_first(partial(going_back.forget, folder, mirror))
         _leave_bad(worker, folder, reached, note["bad_steps"] if note else 0)
         saved = _newest_intact(worker, folder, reached, brought)
     if saved:
@@ -156,8 +159,6 @@ def _leave_bad(worker: Worker, folder: RunFolder, mirror: Mirror | None, known: 
     """Put aside what led to a bad step that ended the run; but for the first `known` of them."""
 
     def leave() -> None:
-        if worker.config.checkpoint.resume_step is None:
-            going_back.forget(folder, mirror)
         if len(read_lines(folder.bad_steps)) <= known:
             return
         left, since = checkpoint.leave_bad(folder, worker.config.guard.on_bad_step)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from models.build import build_model
 from models.layers import CausalConv, SwiGLU
 from models.mixer import Carry
 from models.stack import Readout
-from trainer.checkpoint import Saved
+from trainer.checkpoint import WEIGHTS, Saved
 from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.events import Stop, Stopped
@@ -35,11 +36,13 @@ COMPILED = (SwiGLU, CausalConv, nn.RMSNorm)
 def build_engine(worker: Worker, resume: Saved | None = None) -> Engine:
     """The configured model, from its seed or from a checkpoint, sharded and wrapped."""
     config = worker.config
-    if resume and resume.manifest.step == 0 and needs_reshaping(resume.manifest, worker.topology):
-        resume = None  # no step was taken: what Adam has not yet cannot be cut anew
     torch.manual_seed(config.run.seed)
     model = build_model(config.model)
-    if resume is None and (begun := config.train.init_from):
+    if resume and resume.manifest.step == 0 and needs_reshaping(resume.manifest, worker.topology):
+        weights = str(resume.folder / WEIGHTS)
+        worker.topology.together(lambda: load_model(model, weights))
+        resume = None  # no step was taken: what Adam has not yet cannot be cut anew
+    elif resume is None and (begun := config.train.init_from):
         worker.topology.together(lambda: take_weights(model, Path(begun)))
     parallelize(model, worker.topology, config.parallel.relay_tolerance)
     if config.train.recompute:

@@ -249,8 +249,8 @@ class _Run:
             way=way(self.stage) if runs else {},
         )
         waited = time.perf_counter() - started
-        midstep.hold_up(waited)  # of which its files tell
-        self.saver.start(manifest, {**self.engine.snapshot(), **midstep.files(self.engine)})
+        midstep.hold_up(waited)  # of which its files tell, made before the copy of all the rest
+        self.saver.start(manifest, {**midstep.files(self.engine), **self.engine.snapshot()})
         self.saved_at = self.step, runs
         took = time.perf_counter() - started
         self.schedule.saved(took)

@@ -1,6 +1,7 @@
 """A .json file: an array of records, or records one after another, on lines or over several."""
 
 import json as json_library
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -23,6 +24,7 @@ from data_prep.sources.pieces import (
 from data_prep.sources.storage import open_file
 
 SPACE = " \t\r\n"
+AFTER_ANOTHER = re.compile(rb"}[ \t\r]*{")  # records on one line, or text that looks so
 
 
 def plan(file: File, field: str) -> list[Piece]:
@@ -47,7 +49,7 @@ def _on_lines(file: File) -> bool:
             # what goes on in the next line is no record of its own, and torn there but by chance
             if not text.startswith(b"{") or text.endswith((b"{", b"[", b",", b":")):
                 return False
-            if (b"}{" in text or b"} {" in text) and _several(text):
+            if AFTER_ANOTHER.search(text) and _several(text):
                 return False
     return True
 

@@ -37,4 +37,5 @@ class PolicyInfo:
     earned: float  # on average, in the last episodes of its training
     sha256: str  # of the replay: the policy's own file has its date in it
     score_returns: list[float]  # of the normalised scores 0 and 100
-    without_noise: float  # on average, in episodes that are played for this figure alone
+    # on average, in episodes that are played for this figure alone; None in folders of older code
+    without_noise: float | None = None

@@ -12,7 +12,7 @@ from launch.compare.search import Search
 from launch.gang import LaunchError
 from trainer.checks import asks_questions
 from trainer.config import Config
-from trainer.provenance import commit
+from trainer.provenance import UNKNOWN, commit
 from trainer.run_folder import RunFolder, read_lines
 
 Show = Callable[[str], None]
@@ -61,10 +61,11 @@ def train_all(
         trained.rates[task] = {label: sorted(tried) for label, tried in search.ranks.items()}
         finished = {label: config for label, config in equal.items() if _finished(config)}
         trained.in_equal_time[task] = {label: _curve(config) for label, config in finished.items()}
-    if others := trained.commits() - {commit()}:
+    now, others = commit(), trained.commits() - {commit(), UNKNOWN}
+    if now != UNKNOWN and others:
         show(
-            f"trainings are kept from commit {', '.join(sorted(others))}: to have all of this "
-            f"code, remove {settings.dir}"
+            f"trainings ran at commit {', '.join(sorted(others))}, and are kept: to have all of "
+            f"this code, {now}, remove their folders in {settings.dir}"
         )
     return trained
 
@@ -168,7 +169,7 @@ def _curve(config: Config) -> TrainingRecord:
         held_out=[
             Point(
                 tokens(line["step"]),
-                pace * line["step"],
+                round(pace * line["step"], 3),
                 finite(line["loss"]),
                 line.get("accuracy"),
             )

@@ -241,7 +241,7 @@ def test_a_large_json_file_of_both_ways_to_write_is_read(tmp_path, monkeypatch):
     assert len(faults_of(Selection((str(path),)))) == 1  # and nothing else is lost with it
     path.write_text('{"text": "line}{"}\n' + '{"text": "one"} {"text": "two"}\n' * 50)
     assert texts_of(Selection((str(path),))) == ["line}{", *["one", "two"] * 50]
-    path.write_text('{"text": "one"} {"text": "two"}\n' * 50)
+    path.write_text('{"text": "one"}\t {"text": "two"}\n' * 50)
     assert texts_of(Selection((str(path),))) == ["one", "two"] * 50
     path.write_text('{"text": "a", "more": [\n{"text": "no"},\n{"text": "no"}]}\n' * 50)
     assert texts_of(Selection((str(path),))) == ["a"] * 50

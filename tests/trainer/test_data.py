@@ -1,9 +1,12 @@
 """A rank reads its own shard and no more, in an order that no number of workers changes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from data_prep.blocks import DataError
 from data_prep.schema import load_info
 from trainer.config import DataConfig, load_config
 from trainer.data import SequenceReader, TokenStream, training_batches
@@ -153,5 +156,16 @@ def test_shards_of_a_url_are_fetched_once_and_read_alike(dataset, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.mds"))
     assert np.array_equal(remote.read(0, 500)[0], local.read(0, 500)[0])
     (shard,) = (tmp_path / "cache").rglob("*.mds")
-    shard.write_bytes(shard.read_bytes()[:-100] + bytes(100))  # as a machine that died leaves it
+    damaged = shard.read_bytes()[:-100] + bytes(100)
+    shard.write_bytes(damaged)  # as a machine that died leaves it
     assert np.array_equal(TokenStream(config, "held_out").read(0, 9)[0], local.read(0, 9)[0])
+    # damaged though it looks as when it was looked at: told, and looked at anew by the next start
+    before, changed = shard.stat(), bytearray(shard.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    shard.write_bytes(changed)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    whole = 0, local.tokens[0]
+    with pytest.raises(DataError, match="its checksum is wrong"):
+        TokenStream(config, "held_out").read(*whole)
+    again = TokenStream(config, "held_out").read(*whole)[0]
+    assert np.array_equal(again, local.read(*whole)[0])

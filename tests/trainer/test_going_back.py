@@ -1,5 +1,6 @@
 """Back to an earlier checkpoint: asked for by its step, or since a later one led to a bad step."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, WEIGHTS
 from trainer.config import load_config, load_dumped
 from trainer.events import Event
+from trainer.going_back import withdraw_left
 from trainer.run_folder import RunFolder, read_lines
 from trainer.settings import ConfigError
 from trainer.storage import Mirror
@@ -180,3 +182,17 @@ def test_going_back_that_was_cut_off_is_done_again(config_file, tmp_path):
     with pytest.raises(AssertionError, match="forbidden"):
         run_distributed(_withdraws_nothing, 1, config_file, back, fresh=True)
     assert started_at(run(config_file, 1, *back)) == 2
+
+
+def test_what_was_put_aside_out_of_reach_is_withdrawn_later(tmp_path):
+    """And not another checkpoint of that step, which another machine has made."""
+    folder, mirror = RunFolder(tmp_path / "run"), Mirror(f"file://{tmp_path}/kept")
+    for step, here, there in ((2, "a", "a"), (4, "b", "another"), (6, "c", "c")):
+        for root, what in ((folder.checkpoints, here), (tmp_path / "kept", there)):
+            made = root / f"step-{step:06d}"
+            made.mkdir(parents=True)
+            (made / MANIFEST).write_text(json.dumps({"of": what}))
+    for step in (2, 4):
+        checkpoint.put_aside(folder.checkpoint(step))
+    withdraw_left(folder, mirror)
+    assert mirror.saved() == ["step-000006", "step-000004"]

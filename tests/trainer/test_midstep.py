@@ -135,12 +135,15 @@ def test_another_way_through_the_step_begins_it_anew(config_file):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_first_step_is_begun_anew_by_other_workers(config_file, stage):
-    """A checkpoint amid it holds no state of Adam, which has taken no step."""
+    """A checkpoint amid it holds no state of Adam, which has taken no step; its weights count."""
     options = [*CUT, f"deepspeed.zero_stage={stage}", "model.dropout=0", "train.steps=2"]
+    begun = config_file.parent / "begun"
+    run(config_file, 2, *options, f"run.dir={begun}", "run.seed=3", "train.steps=1")
+    options.append(f"train.init_from={begun}")
     whole = figures(run(config_file, 2, *options, f"run.dir={config_file.parent / 'whole'}"))
     stopped = run_distributed(_stopped_at, 2, config_file, options, 1, 3, fresh=True)[0]
     assert not figures(stopped)
-    events = run(config_file, 1, *options, "parallel.sp=1")
+    events = run(config_file, 1, *options[:-1], "parallel.sp=1")
     assert "that step is begun anew" in " ".join(warnings(events))
     for got, want in zip(figures(events), whole, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
