@@ -145,17 +145,12 @@ def _page(run: _Record) -> Iterator[str]:
         "",
         *([f"**{risen}**", ""] if (risen := risen_loss(metrics)) else []),
     )
+    told = _earned if config.model.of_frames else _answers if run.asks else _losses
     if run.result:
         yield from (
             "## Held-out loss",
             "",
-            *(
-                _earned(run)
-                if config.model.of_frames
-                else _answers(run)
-                if run.asks
-                else _losses(run)
-            ),
+            *told(run),
             *_by_source(run),
             *table(
                 "position in the sequence",
